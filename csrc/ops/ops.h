@@ -1,0 +1,110 @@
+// Every operation of the model, once, with shapes and dtypes. A back end implements this file.
+//
+// Letters: T tokens of the step, B sequences, C channels (n_embd), H heads, D head_dim (C / H),
+// K and N input and output features of a dense layer, V vocabulary, R selected rows.
+// Tensors are contiguous, last index fastest. `act` is the activation dtype that dense layers read:
+// f32 for f32 weights, bf16 for bf16 weights. The residual stream, q, scores and logits are f32;
+// gains and biases are f32 whatever the weights are.
+//
+// The contract of batch invariance: an output row depends on its input row (and its own keys and
+// values) alone, bit for bit, at any T, any split of work and any thread count.
+//   dense layers   y[n] = ((s_0 + s_1) + ...) + bias[n], where s_j is the chain from zero of
+//                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
+//                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
+//                  back ends without FMA round the product first; a short last block ends early)
+//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from tile to tile
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "kv/layout.h"
+#include "ops/exec_context.h"
+
+namespace pyengine::ops {
+
+constexpr int kReductionBlock = 256;  // k's of one chain; as accurate as PyTorch's blocked sums
+constexpr int kKeyTile = 64;          // keys of one attention tile: 4 KV blocks
+
+enum class Activation : uint8_t {
+  none,
+  gelu_tanh,  // gelu_new, gelu_pytorch_tanh, gelu_fast: 0.5x(1 + tanh(sqrt(2/pi)(x + 0.044715x^3)))
+  gelu_erf,   // gelu: 0.5x(1 + erf(x / sqrt 2))
+  relu,
+  silu,
+};
+
+enum class WeightLayout : uint8_t {
+  in_out,  // (K, N), N contiguous: Conv1D as Hugging Face stores it
+  out_in,  // (N, K), K contiguous: the output head, tied to the token embedding or not
+};
+
+struct Weight {
+  const void* data = nullptr;
+  DType dtype = DType::f32;  // f32 or bf16
+  WeightLayout layout = WeightLayout::in_out;
+  int64_t in_features = 0;   // K
+  int64_t out_features = 0;  // N
+};
+
+// One step's tokens: sequence b owns tokens [query_start[b], query_start[b + 1]), which are the last
+// ones of the context_len[b] tokens it has in the cache once this step has written them.
+struct RaggedBatch {
+  const int32_t* token_ids = nullptr;    // (T,)
+  const int32_t* positions = nullptr;    // (T,) absolute position of each token
+  const int32_t* query_start = nullptr;  // (B + 1,)
+  const int32_t* context_len = nullptr;  // (B,)
+  const int32_t* block_table = nullptr;  // (B, max_blocks) physical block of each logical block
+  int32_t num_tokens = 0;                // T
+  int32_t num_seqs = 0;                  // B
+  int32_t max_blocks = 0;
+};
+
+// x[t] = wte[token_ids[t]] + wpe[positions[t]]
+//   wte (V, C), wpe (n_positions, C) of table_dtype; x (T, C) f32
+void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, const void* wpe,
+           DType table_dtype, int64_t channels, float* x);
+
+// out[r] = (x[row] - mean) / sqrt(var + eps) * gain + bias, row = rows ? rows[r] : r
+//   x (*, C) f32; gain, bias (C,); out (R, C) of out_dtype
+void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t num_rows,
+                int64_t channels, const float* gain, const float* bias, float eps, void* out,
+                DType out_dtype);
+
+// out = activation(x w + bias)
+//   x (R, K) act; bias (N,) or null; out (R, N) of out_dtype
+void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
+            Activation activation, void* out, DType out_dtype);
+
+// residual += x w + bias
+//   x (R, K) act; residual (R, N) f32, updated in place
+void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w,
+                     const float* bias, float* residual);
+
+// q, k, v = split(x w + bias); q to `q`, k and v rounded to the cache's dtype and written to their
+// slots: token t of sequence b at position p goes to block block_table[b][p / 16], slot p % 16.
+//   x (T, C) act; w (C, 3C); bias (3C,); q (T, C) f32
+void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
+         const RaggedBatch& batch, float* q, const KVLayerView& cache);
+
+// out[t, h] = softmax(scale * q[t, h] . keys[h]) values[h] over the tokens at positions <= positions[t]
+// of t's sequence, keys and values as stored in the cache (so after qkv of the same layer).
+//   q (T, C) f32; out (T, C) of out_dtype
+void attention(ExecContext& ctx, const float* q, const RaggedBatch& batch, const KVLayerView& cache,
+               float scale, void* out, DType out_dtype);
+
+// Log-probability of one target per row and the top_n best tokens of the row, without a (R, V) matrix:
+// the head is tiled over V and the log-sum-exp carried from tile to tile in order.
+//   x (R, C) act; targets (R,) in [0, V); logprobs (R,); top_ids, top_logprobs (R, top_n), best
+//   first, ties by lower id; top_n 0..64
+void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& head,
+                const int32_t* targets, int32_t top_n, float* logprobs, int32_t* top_ids,
+                float* top_logprobs);
+
+// dst blocks = src blocks, for n pairs (src, dst); no block is both read and written.
+void copy_blocks(ExecContext& ctx, const KVLayerView& cache, const int32_t* pairs, int64_t n);
+
+// Element-wise conversion between any two of f32, bf16 (round to nearest even) and f16.
+void convert(ExecContext& ctx, const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
+
+}  // namespace pyengine::ops

@@ -1,0 +1,168 @@
+"""The extension module: kernels, model, KV cache and sampler.
+
+Buffers are C-contiguous objects of the buffer protocol; "int32 buffer" takes ``array.array("i")`` and
+NumPy int32 arrays alike. Only ``forward``, ``score`` and ``ops`` need NumPy (they return arrays).
+bfloat16 and float16 arrays travel as ``uint16`` with the dtype named beside them.
+Errors are the classes of ``pyengine.errors``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from typing_extensions import Buffer
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK_TOKENS: int
+"""Tokens of one KV block (16)."""
+
+def available_isas() -> list[str]:
+    """Instruction sets this processor can run, slowest first, e.g. ``["baseline", "avx2", "avx512"]``."""
+
+def default_num_threads() -> int:
+    """Processors this process may use: affinity mask and cgroup quota."""
+
+class ExecContext:
+    """Worker threads (the caller is worker 0), an instruction set and scratch memory."""
+
+    def __init__(self, num_threads: int = 0, isa: str | None = None) -> None:
+        """0 threads: ``default_num_threads()``. No isa: ``PYENGINE_ISA`` or the best available."""
+    @property
+    def num_threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+
+class BlockManager:
+    """Host-side bookkeeping of KV blocks: reference counts, copy-on-write, prefix index with LRU eviction.
+
+    A block is free, in use (reference count > 0) or cached (count 0, still in the prefix index,
+    evicted in LRU order when blocks run out). Full blocks are indexed by the chained hash of all
+    tokens up to their end; a hit is confirmed by comparing the tokens themselves.
+    """
+
+    def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def num_available(self) -> int:
+        """Free blocks plus cached blocks that could be evicted."""
+    @property
+    def num_in_use(self) -> int: ...
+    def match(self, token_ids: Buffer) -> list[int]:
+        """Blocks of the longest cached prefix of ``token_ids`` (int32), each with one reference more.
+
+        At least one token is left to compute, so at most ``(len - 1) // 16`` blocks.
+        """
+    def allocate(self, count: int) -> list[int]:
+        """``count`` private blocks with one reference each; ``OutOfMemory`` and no change if too few."""
+    def fork(self, blocks: Sequence[int]) -> None:
+        """One more reference to each block."""
+    def free(self, blocks: Sequence[int]) -> None:
+        """One reference less to each block; last blocks of a sequence are evicted before its first."""
+    def make_writable(self, block: int) -> int:
+        """``block`` itself if its only reference is the caller's and it is not indexed; else a new
+        block, for which the caller's reference is exchanged and whose content the caller must copy
+        (``block_copies``) before the next step writes to it."""
+    def publish(self, token_ids: Buffer, blocks: Sequence[int]) -> None:
+        """Enter the full blocks of a sequence (tokens whose keys are computed) in the prefix index."""
+    def reference_count(self, block: int) -> int: ...
+    def reset_prefix_cache(self) -> None: ...
+    def check_invariants(self) -> None:
+        """Raise ``InternalError`` with what is wrong if the books do not balance. For tests."""
+
+class KVCache:
+    """Storage of keys and values, (n_layer, num_blocks) blocks of 16 tokens; pages are touched on first use."""
+
+    def __init__(self, n_layer: int, n_head: int, head_dim: int, num_blocks: int, dtype: str) -> None: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+    @staticmethod
+    def bytes_per_block(n_layer: int, n_head: int, head_dim: int, dtype: str) -> int: ...
+
+class Batch:
+    """One ragged batch (contract 1 of docs/architecture.md), checked for consistency on construction."""
+
+    def __init__(
+        self,
+        token_ids: Buffer,  # (T,) int32
+        positions: Buffer,  # (T,) int32
+        query_start: Buffer,  # (B+1,) int32
+        context_len: Buffer,  # (B,) int32
+        block_table: Buffer,  # (B * max_blocks,) int32, padded with 0
+        block_copies: Buffer | None = None,  # (2n,) int32: source, destination, source, ...
+    ) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_seqs(self) -> int: ...
+
+class Sampler:
+    """Parameters and state of each request, by slot."""
+
+    def __init__(self, num_slots: int) -> None: ...
+    def set(
+        self,
+        slot: int,
+        *,
+        temperature: float = 1.0,  # 0: greedy
+        top_k: int = 0,  # 0: all
+        top_p: float = 1.0,
+        seed: int = 0,  # 64 bits
+        sample_index: int = 0,  # which of the n samples of the request
+        logprobs: int = -1,  # -1: none; n: the chosen token's and the n best ones'
+    ) -> None: ...
+    def sample(
+        self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: Buffer, positions: Buffer
+    ) -> StepResult:
+        """Sample one token per row of logits (R, V); for tests and custom processors."""
+
+class StepResult:
+    """Result of one step, in the order of the sequences that sampled (request_slot >= 0)."""
+
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[float]:
+        """Log-probability of each token under the model's distribution (temperature 1, nothing cut off);
+        NaN where the slot asked for none."""
+    @property
+    def top_logprobs(self) -> list[list[tuple[int, float]]]:
+        """The n best (token id, log-probability), best first, per sampled sequence."""
+
+class Model:
+    """GPT-2 weights and the forward pass over one ragged batch. Runs without the GIL; one step at a time."""
+
+    def __init__(
+        self,
+        ctx: ExecContext,
+        config: Mapping[str, Any],
+        weights: Mapping[str, tuple[Buffer, str, Sequence[int]]],
+        dtype: str,
+    ) -> None:
+        """``config``: n_layer, n_head, n_embd, n_inner, n_positions, vocab_size, activation
+        ("gelu_tanh", "gelu_erf", "relu", "silu"), layer_norm_epsilon, scale_attn_weights,
+        scale_attn_by_inverse_layer_idx. ``weights``: canonical name (no ``transformer.``) ->
+        (buffer, dtype name, shape); the buffers are kept, and read in place where their dtype is
+        ``dtype`` ("float32" or "bfloat16"); without ``lm_head.weight`` the head is ``wte.weight``.
+        Raises CheckpointError naming a missing or misshapen tensor."""
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def step(self, kv: KVCache, sampler: Sampler, batch: Batch, request_slot: Buffer) -> StepResult:
+        """Copy blocks, run the batch, sample the last token of each sequence whose request_slot
+        (B,) int32 is >= 0. The random counter of a sample is its position (context_len)."""
+    def forward(self, kv: KVCache, batch: Batch, rows: Buffer | None = None) -> npt.NDArray[np.float32]:
+        """Logits (R, V) of the chosen rows of the batch, or of all T. For tests and custom processors."""
+    def score(
+        self, kv: KVCache, batch: Batch, rows: Buffer, targets: Buffer, top_n: int = 0
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Log-probability (R,) of ``targets`` after ``rows``, and the top_n ids and log-probabilities (R, top_n)."""
+
+from . import ops as ops  # noqa: E402
