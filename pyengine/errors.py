@@ -1,0 +1,45 @@
+"""Every exception that pyengine raises on purpose.
+
+A message says what was wrong, where (file, tensor, field, value) and what to do. The extension module
+raises the same classes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "InternalError",
+    "OutOfMemory",
+    "PyEngineError",
+    "RequestError",
+    "TokenizerError",
+]
+
+
+class PyEngineError(Exception):
+    """Base class of all errors of pyengine."""
+
+
+class CheckpointError(PyEngineError):
+    """A checkpoint is missing, damaged, or holds tensors that do not fit its configuration."""
+
+
+class ConfigError(PyEngineError, ValueError):
+    """A configuration, or an argument of ``LLM``, has a value that cannot work."""
+
+
+class TokenizerError(PyEngineError):
+    """Tokenizer files are missing or damaged, or a text cannot be encoded."""
+
+
+class RequestError(PyEngineError, ValueError):
+    """A prompt or its sampling parameters cannot be served; other requests are not affected."""
+
+
+class OutOfMemory(PyEngineError, MemoryError):
+    """Memory, or the blocks of the KV cache, ran out."""
+
+
+class InternalError(PyEngineError):
+    """A fault of pyengine itself, or a model that yields NaN; please report it."""
