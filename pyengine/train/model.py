@@ -1,0 +1,222 @@
+"""GPT-2 in plain PyTorch: the one reference every kernel is compared with, and the model the trainer trains.
+
+Letters in the shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary.
+
+The modules carry Hugging Face's parameter names (``transformer.h.0.attn.c_attn.weight`` ...), so a
+checkpoint loads by name. One thing differs: Hugging Face keeps the four dense layers of a block as "Conv1D",
+weights of (in, out), where ``nn.Linear`` keeps (out, in); ``to_huggingface`` and ``from_huggingface`` transpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The fields of a Hugging Face GPT-2 ``config.json`` that change the numbers, under their own names."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # None: 4 n_embd
+    activation_function: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Take the known fields of a parsed ``config.json`` and ignore the others."""
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` needs for `transformers` to build the same model."""
+        kind = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        return {**kind, **dataclasses.asdict(self)}
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.scale = 1.0
+        if config.scale_attn_weights:
+            self.scale /= math.sqrt(config.n_embd // config.n_head)
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = (y.view(b, t, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(c, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(b, t, c))
+
+
+class MLP(nn.Module):
+    """Two dense layers with the activation between them, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.c_fc = nn.Linear(config.n_embd, n_inner)
+        self.c_proj = nn.Linear(n_inner, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block, (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        return x + self.dropout(self.mlp(self.ln_2(x)))
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) -> final hidden states (B, T, C)."""
+
+    def __init__(self, config: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.h = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+class GPT2(nn.Module):
+    """GPT-2 language model: token ids (B, T) -> logits (B, T, V).
+
+    Dropout acts on the embeddings and on both residual branches while training; attention weights have
+    none (PyTorch's fused CPU attention cannot drop them, and a small model does not miss it).
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, dropout)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.initialise()
+
+    def initialise(self) -> None:
+        """GPT-2's initialisation: N(0, 0.02), residual projections smaller by sqrt(2 n_layer), biases 0.
+
+        Radford et al. 2019, section 2.3: "scale the weights of residual layers at initialization by a
+        factor of 1/sqrt(N) where N is the number of residual layers".
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(parameter, 0.0, std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.transformer(ids))
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats; ids and targets (B, T)."""
+        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten())
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def to_huggingface(self) -> dict[str, Tensor]:
+        """State dict with the names and layouts of `transformers`' GPT2LMHeadModel; a tied head is left out."""
+        tensors = {}
+        for name, value in self.state_dict().items():
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            tensors[name] = (value.T if name.endswith(CONV1D) else value).detach().contiguous()
+        return tensors
+
+    def from_huggingface(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load a Hugging Face state dict, with or without ``transformer.`` in its names; buffers are ignored."""
+        state = {}
+        for name in self.state_dict():
+            short = name.removeprefix("transformer.")
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                source = tensors.get("transformer.wte.weight", tensors.get("wte.weight"))
+            else:
+                source = tensors.get(name, tensors.get(short))
+            if source is None:
+                raise KeyError(f"the state dict has neither {name} nor {short}")
+            state[name] = source.T if name.endswith(CONV1D) else source
+        self.load_state_dict(state)
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> GPT2:
+        """Read ``config.json`` and all ``*.safetensors`` of a Hugging Face directory; ready to evaluate."""
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        config = ModelConfig.from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            tensors.update(load_file(file))
+        model = cls(config).to(dtype)
+        model.from_huggingface({name: value.to(dtype) for name, value in tensors.items()})
+        return model.eval()
+
+    def save_checkpoint(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors``, weights stored as ``dtype``."""
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        name = str(dtype).removeprefix("torch.")
+        config = json.dumps({**self.config.to_dict(), "torch_dtype": name}, indent=2)
+        (directory / "config.json").write_text(config + "\n", encoding="utf-8")
+        tensors = {name: value.to(dtype) for name, value in self.to_huggingface().items()}
+        file = directory / "model.safetensors"
+        save_file(tensors, str(file), metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors makes it readable by its owner alone
