@@ -1,0 +1,30 @@
+"""Fixtures that tests of several parts share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import CONFIGS, make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``checkpoint(name)``: directory of the randomised test checkpoint CONFIGS[name], made once per session."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name: str) -> Path:
+        return make_checkpoint(root / name, CONFIGS[name], seed=sorted(CONFIGS).index(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Directory of the training texts next to the repository; tests that need it skip where it is absent."""
+    directory = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not directory.is_dir():
+        pytest.skip(f"no data at {directory.parent.name}/{directory.name} next to the repository")
+    return directory
