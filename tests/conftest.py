@@ -12,7 +12,7 @@ from tests.checkpoints import CONFIGS, make_checkpoint
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``checkpoint(name)``: directory of the randomised test checkpoint CONFIGS[name], made once per session."""
+    """``checkpoint(name)``: directory of the test checkpoint CONFIGS[name], made once per session."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def make(name: str) -> Path:

@@ -69,7 +69,9 @@ def block_tables(lengths: Sequence[int], seed: int) -> list[list[int]]:
 
 
 def make_batch(
-    sequences: Sequence[Sequence[int]], tables: Sequence[Sequence[int]], chunks: Sequence[tuple[int, int, int]]
+    sequences: Sequence[Sequence[int]],
+    tables: Sequence[Sequence[int]],
+    chunks: Sequence[tuple[int, int, int]],
 ) -> _C.Batch:
     """The batch that computes tokens [begin, end) of each sequence i, for (i, begin, end) in ``chunks``."""
     token_ids, positions = array("i"), array("i")

@@ -93,7 +93,7 @@ def encode(tokenizer: Tokenizer, passages: Sequence[str]) -> Tensor:
 
 
 def batch_of_step(stream: Tensor, step: int, args: argparse.Namespace) -> Tensor:
-    """Windows (B, T + 1) of step ``step``: each epoch passes over all windows once, in its own order and offset."""
+    """Windows (B, T + 1) of step ``step``: each epoch takes all windows once, in its own order."""
     size = args.context + 1
     per_epoch = (len(stream) - size) // args.context // args.batch
     epoch, index = divmod(step, per_epoch)
@@ -110,7 +110,10 @@ def mean_loss(model: GPT2, stream: Tensor, context: int) -> float:
     windows = stream[: (len(stream) - 1) // context * context + 1]
     ids, targets = windows[:-1].view(-1, context), windows[1:].view(-1, context)
     with torch.no_grad():
-        parts = [float(model.loss(i, t)) * len(i) for i, t in zip(ids.split(8), targets.split(8), strict=True)]
+        parts = [
+            float(model.loss(i, t)) * len(i)
+            for i, t in zip(torch.split(ids, 8), torch.split(targets, 8), strict=True)
+        ]
     model.train()
     return sum(parts) / len(ids)
 
@@ -173,7 +176,9 @@ def learning_rate_factor(step: int, progress: float, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup, max(0.0, 1.0 - progress) / 0.6)
 
 
-def train(model: GPT2, tokenizer: Tokenizer, stream: Tensor, validation: Tensor, args: argparse.Namespace) -> None:
+def train(
+    model: GPT2, tokenizer: Tokenizer, stream: Tensor, validation: Tensor, args: argparse.Namespace
+) -> None:
     """Train until --steps or --minutes are used up; checkpoint, export and log on the way."""
     optimisers = make_optimisers(model, args)
     state_file, log_file = args.work / "state.pt", args.work / "log.jsonl"
@@ -188,7 +193,12 @@ def train(model: GPT2, tokenizer: Tokenizer, stream: Tensor, validation: Tensor,
 
     def save(note: dict[str, float]) -> None:
         optimiser_states = [o.state_dict() for o in optimisers]
-        state = {"model": model.state_dict(), "optimisers": optimiser_states, "step": step, "seconds": seconds}
+        state = {
+            "model": model.state_dict(),
+            "optimisers": optimiser_states,
+            "step": step,
+            "seconds": seconds,
+        }
         torch.save(state, state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
         entry = {"step": step, "tokens": step * args.batch * args.context, "minutes": seconds / 60, **note}
@@ -208,7 +218,7 @@ def train(model: GPT2, tokenizer: Tokenizer, stream: Tensor, validation: Tensor,
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(windows[:, :-1], windows[:, 1:])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
@@ -227,10 +237,14 @@ def train(model: GPT2, tokenizer: Tokenizer, stream: Tensor, validation: Tensor,
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", type=Path, help="directory with *.txt and gutenberg/*.txt")
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--work", type=Path, default=Path("train-bundled"), help="resumable state and log.jsonl")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/bundled"), help="resumable state and log.jsonl"
+    )
     parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training itself")
     parser.add_argument("--steps", type=int, default=6000, help="end of the schedule if time does not end it")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
@@ -283,8 +297,12 @@ def main() -> None:
     total = sum(r["characters"] for r in results.values())
     results["all"] = {"characters": total}
     for kind in ("non-overlapping", "sliding"):
-        results["all"][kind] = sum(results[name][kind] * results[name]["characters"] for name in held_out) / total
-    (args.work / "result.json").write_text(json.dumps({**facts, "bits_per_character": results}, indent=2) + "\n")
+        results["all"][kind] = (
+            sum(results[name][kind] * results[name]["characters"] for name in held_out) / total
+        )
+    (args.work / "result.json").write_text(
+        json.dumps({**facts, "bits_per_character": results}, indent=2) + "\n"
+    )
     print(json.dumps(results, indent=2))
 
 

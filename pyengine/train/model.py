@@ -4,7 +4,8 @@ Letters in the shape comments: B sequences, T tokens, C channels (n_embd), H hea
 
 The modules carry Hugging Face's parameter names (``transformer.h.0.attn.c_attn.weight`` ...), so a
 checkpoint loads by name. One thing differs: Hugging Face keeps the four dense layers of a block as "Conv1D",
-weights of (in, out), where ``nn.Linear`` keeps (out, in); ``to_huggingface`` and ``from_huggingface`` transpose.
+weights of (in, out), where ``nn.Linear`` keeps (out, in); ``to_huggingface`` and ``from_huggingface``
+transpose.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ class GPT2(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def to_huggingface(self) -> dict[str, Tensor]:
-        """State dict with the names and layouts of `transformers`' GPT2LMHeadModel; a tied head is left out."""
+        """State dict in the names and layouts of `transformers`' GPT2LMHeadModel, without a tied head."""
         tensors = {}
         for name, value in self.state_dict().items():
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -180,7 +181,7 @@ class GPT2(nn.Module):
         return tensors
 
     def from_huggingface(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load a Hugging Face state dict, with or without ``transformer.`` in its names; buffers are ignored."""
+        """Load a Hugging Face state dict, its names with or without ``transformer.``; buffers are ignored."""
         state = {}
         for name in self.state_dict():
             short = name.removeprefix("transformer.")
