@@ -1,0 +1,71 @@
+// Passes over one row of logits. Everything runs on one thread in one fixed order, in plain C++
+// without instruction set of its own, so the same logits give the same token everywhere.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace pyengine::sampling {
+
+struct Candidate {
+  int32_t id;
+  float logit;
+  float weight;  // exp((logit - max) / temperature)
+};
+
+// The order in which tokens are preferred: higher logit, then lower id.
+inline bool better(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
+
+// exp(x) for x <= 0, relative error below 2e-7; 0 below -87. Branch-free, so that loops vectorise.
+float exp_nonpositive(float x);
+
+// 1 / temperature, kept finite so that 0 * it is 0.
+inline float inverse_temperature(float temperature) {
+  return std::min(1.0f / temperature, std::numeric_limits<float>::max());
+}
+
+class Row {
+ public:
+  static constexpr int kBlock = 64;  // logits per entry of block_max_
+
+  // Finds the maxima. False if a logit is NaN or +inf, or all are -inf.
+  bool load(const float* logits, int32_t vocab_size);
+
+  float max() const { return max_; }
+  int32_t argmax() const;  // the lowest id of equals
+
+  // log sum exp(logits)
+  double log_sum_exp();
+
+  // The k best tokens and all that tie with the last of them, ids rising; weights unset.
+  void select_top_k(int32_t k, std::vector<Candidate>& out);
+
+  // All tokens with logit >= threshold, ids rising; weights unset.
+  void select_at_least(float threshold, std::vector<Candidate>& out) const;
+
+  // weights[i] = exp((logits[i] - max) / temperature) for all tokens; returns their sum.
+  double all_weights(float temperature);
+
+  // The first token, ids rising, at which the running sum of all_weights() passes `target`.
+  int32_t draw_from_all(double target) const;
+
+ private:
+  const float* logits_ = nullptr;
+  int32_t vocab_size_ = 0;
+  float max_ = 0;
+  std::vector<float> block_max_;
+  std::vector<float> weights_;
+  std::vector<double> block_sum_;
+  std::vector<float> scratch_;
+};
+
+// Cuts `candidates` (any order) to the smallest set of best ones whose weight reaches top_p of
+// their total, at least one, and brings them into the order of rising ids. `total`: what top_p
+// refers to, at least the sum of the weights.
+void keep_top_p(double top_p, double total, std::vector<Candidate>& candidates);
+
+}  // namespace pyengine::sampling
