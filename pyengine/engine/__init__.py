@@ -1,0 +1,1 @@
+"""Who runs when: requests, the scheduler that picks each step's tokens, and the step itself."""

@@ -1,0 +1,190 @@
+"""The step: schedule, build one ragged batch, run it, hand out its tokens.
+
+The engine knows no threads: whoever calls it makes sure that calls do not overlap. Only ``abort`` may be
+called at any time, from any thread; it takes effect between steps.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pyengine.engine.request import Request, Sequence
+from pyengine.engine.scheduler import BLOCK_TOKENS, BlockManager, Scheduler, blocks_for
+from pyengine.errors import InternalError, RequestError
+
+
+@dataclass(frozen=True)
+class Core:
+    """What runs a step: objects of ``pyengine._C``, or others of the same interface."""
+
+    model: Any
+    kv: Any
+    sampler: Any
+    manager: BlockManager
+    batch: Callable[..., Any]  # _C.Batch
+    prefix_caching: bool = True
+
+
+class Engine:
+    """Requests in, tokens out."""
+
+    def __init__(
+        self, core: Core, *, max_model_len: int, max_num_seqs: int = 64, max_num_batched_tokens: int = 2048
+    ) -> None:
+        self.core = core
+        self.max_model_len = max_model_len
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.scheduler = Scheduler(
+            core.manager, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        self.requests: dict[str, Request] = {}  # unfinished ones
+        self._aborts: deque[str] = deque()
+        self._positions = array("i", range(max_model_len))
+        self._padding = array("i", bytes(4 * blocks_for(max_model_len)))
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError if the request could never finish, whatever else runs."""
+        # The last token is drawn, never fed back: it needs no keys and values.
+        needed = blocks_for(request.params.max_length - 1)
+        if needed > self.core.manager.num_blocks:
+            new = request.params.max_length - len(request.prompt_ids)
+            raise RequestError(
+                f"the prompt's {len(request.prompt_ids)} tokens and up to {new} new ones need {needed} blocks "
+                f"of {BLOCK_TOKENS} tokens, and the whole KV cache has {self.core.manager.num_blocks}: "
+                "lower max_tokens, or give the LLM a larger kv_cache_memory"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError if it can never run or its id is taken."""
+        self.check(request)
+        if request.id in self.requests:
+            raise RequestError(f"request_id={request.id!r} belongs to a request that is still running")
+        self.requests[request.id] = request
+        for seq in request.sequences:
+            self.scheduler.add(seq)
+
+    def abort(self, request_id: str) -> None:
+        """End a request before the next step; one that is unknown or finished is left alone."""
+        self._aborts.append(request_id)
+
+    @property
+    def has_aborts(self) -> bool:
+        return bool(self._aborts)
+
+    def process_aborts(self) -> None:
+        while self._aborts:
+            request = self.requests.get(self._aborts.popleft())
+            if request is not None:
+                self._give_up(request)
+
+    def step(self) -> int:
+        """Run one step for whoever is scheduled; the number of tokens that ran (0: nothing to do).
+
+        If it fails, Ctrl-C included, every request is given up with that error: their blocks are free and
+        the engine can be used again.
+        """
+        try:
+            self.process_aborts()
+            scheduled = self.scheduler.schedule()
+            if not scheduled:
+                if self.requests:
+                    raise InternalError(f"{len(self.requests)} requests wait and none can run")
+                return 0
+            return self._run(scheduled)
+        except BaseException as error:
+            self.give_up_all(error)
+            raise
+
+    def give_up_all(self, error: BaseException | None = None) -> None:
+        for request in list(self.requests.values()):
+            request.error = error
+            self._give_up(request)
+        self.scheduler.clear()
+
+    def _run(self, scheduled: list[tuple[Sequence, int]]) -> int:
+        core = self.core
+        start = time.perf_counter()
+        tokens, positions = array("i"), array("i")
+        query_start, context_len = array("i", (0,)), array("i")
+        block_table, slots = array("i"), array("i")
+        max_blocks = max(len(seq.blocks) for seq, _ in scheduled)
+        for seq, count in scheduled:
+            begin = seq.num_computed
+            end = begin + count
+            if count == 1:
+                tokens.append(seq.token_ids[begin])
+                positions.append(begin)
+            else:
+                tokens.extend(seq.token_ids[begin:end])
+                positions.extend(self._positions[begin:end])
+            query_start.append(len(tokens))
+            context_len.append(end)
+            block_table.extend(seq.blocks)
+            block_table.extend(self._padding[: max_blocks - len(seq.blocks)])
+            slots.append(seq.slot if end == len(seq.token_ids) else -1)
+            if not seq.sampler_is_set:
+                self._set_sampler(seq, start)
+        copies = self.scheduler.block_copies
+        batch = core.batch(tokens, positions, query_start, context_len, block_table, copies or None)
+        result = core.model.step(core.kv, core.sampler, batch, slots)
+
+        sampled = result.token_ids
+        logprobs: list[float] | None = None
+        now = time.perf_counter()
+        row = 0
+        for seq, count in scheduled:
+            seq.num_computed += count
+            if seq.num_computed < len(seq.token_ids):
+                continue
+            request = seq.request
+            if seq.num_computed - count < len(request.prompt_ids):
+                self.scheduler.prompt_is_computed(seq)
+            if request.params.logprobs >= 0:
+                if logprobs is None:
+                    logprobs, top_logprobs = result.logprobs, result.top_logprobs
+                seq.logprobs.append((sampled[row], logprobs[row], top_logprobs[row]))
+            if request.first_token is None:
+                request.first_token = now
+            seq.append(sampled[row])
+            row += 1
+            if seq.finish_reason is not None:
+                self.scheduler.release(seq)
+                self._sequence_ended(request, now)
+            if request.outbox is not None:
+                request.report(seq)
+        return len(tokens)
+
+    def _set_sampler(self, seq: Sequence, now: float) -> None:
+        params = seq.request.params
+        self.core.sampler.set(
+            seq.slot,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            seed=params.seed,
+            sample_index=seq.index,
+            logprobs=params.logprobs,
+        )
+        seq.sampler_is_set = True
+        if seq.request.first_step is None:
+            seq.request.first_step = now
+
+    def _sequence_ended(self, request: Request, now: float) -> None:
+        request.num_unfinished -= 1
+        if request.finished:
+            request.end = now
+            del self.requests[request.id]
+
+    def _give_up(self, request: Request) -> None:
+        now = time.perf_counter()
+        for seq in request.sequences:
+            if seq.finish_reason is None:
+                self.scheduler.release(seq)
+                seq.finish("abort")
+                self._sequence_ended(request, now)
+                request.report(seq)

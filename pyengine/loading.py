@@ -1,0 +1,117 @@
+"""From the arguments of ``LLM`` to an engine: checkpoint, tokenizer, weights, KV cache."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+
+from pyengine.codec import Codec
+from pyengine.decoding.params import GenerationDefaults
+from pyengine.engine.engine import Core, Engine
+from pyengine.engine.memory import kv_blocks
+from pyengine.errors import ConfigError
+from pyengine.model.checkpoint import Checkpoint, load_checkpoint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    checkpoint: Checkpoint
+    codec: Codec
+    engine: Engine
+    defaults: GenerationDefaults
+    dtype: str
+    kv_cache_dtype: str
+    num_threads: int
+
+
+def load(
+    model: str | os.PathLike[str] | None,
+    *,
+    device: str,
+    dtype: str,
+    quantization: str | None,
+    kv_cache_dtype: str,
+    num_threads: int | None,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    kv_cache_memory: int | str | None,
+    enable_prefix_caching: bool,
+) -> Loaded:
+    """See ``LLM`` for the arguments and the errors."""
+    _check_back_end(device, dtype, quantization, kv_cache_dtype)
+    if num_threads is not None:
+        check_count("num_threads", num_threads, 1024)
+    check_count("max_num_seqs", max_num_seqs, 2**20)
+    check_count("max_num_batched_tokens", max_num_batched_tokens, 2**24)
+
+    from pyengine import _C
+
+    checkpoint = load_checkpoint(model)
+    config, generation_config = checkpoint.config, checkpoint.generation_config
+    bos = generation_config.get("bos_token_id")
+    if not isinstance(bos, int) or not 0 <= bos < config.vocab_size:
+        bos = config.bos_token_id
+    codec = Codec(checkpoint.path, config.vocab_size, bos)  # its thread reads while we map the weights
+    defaults = GenerationDefaults.from_config(generation_config, config.eos_token_id)
+    if defaults.unsupported:
+        settings = ", ".join(defaults.unsupported)
+        warnings.warn(
+            f"{checkpoint.path}: pyengine does not apply {settings} of generation_config.json", stacklevel=3
+        )
+    if max_model_len is None:
+        max_model_len = config.n_positions
+    check_count("max_model_len", max_model_len, config.n_positions)
+    if dtype == "auto":
+        dtype = checkpoint.auto_dtype
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = dtype
+    shape = (config.n_layer, config.n_head, config.head_dim)
+    num_blocks = kv_blocks(
+        _C.KVCache.bytes_per_block(*shape, kv_cache_dtype),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        kv_cache_memory=kv_cache_memory,
+    )
+    context = _C.ExecContext(num_threads or 0)
+    core = Core(
+        model=_C.Model(context, config.kernel_config(), checkpoint.weights(), dtype),
+        kv=_C.KVCache(*shape, num_blocks, kv_cache_dtype),
+        sampler=_C.Sampler(max_num_seqs),
+        manager=_C.BlockManager(num_blocks, enable_prefix_caching),
+        batch=_C.Batch,
+        prefix_caching=enable_prefix_caching,
+    )
+    engine = Engine(
+        core,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    return Loaded(checkpoint, codec, engine, defaults, dtype, kv_cache_dtype, context.num_threads)
+
+
+def check_count(field: str, value: object, high: int, *, low: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ConfigError(f"{field}={value!r}: must be an integer from {low} to {high}")
+
+
+def _check_back_end(device: str, dtype: str, quantization: str | None, kv_cache_dtype: str) -> None:
+    if device == "cuda":
+        raise ConfigError('device="cuda": this build of pyengine has no CUDA back end; use device="cpu"')
+    if device != "cpu":
+        raise ConfigError(f'device={device!r}: must be "cpu"')
+    if dtype == "float16":
+        raise ConfigError(
+            'dtype="float16": the CPU computes in float32 or bfloat16; with dtype="auto", '
+            "float16 files run in float32"
+        )
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f'dtype={dtype!r}: must be "auto", "float32" or "bfloat16"')
+    if quantization is not None:
+        raise ConfigError(
+            f"quantization={quantization!r}: this build of pyengine does not quantise; use None"
+        )
+    if kv_cache_dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f'kv_cache_dtype={kv_cache_dtype!r}: must be "auto", "float32" or "bfloat16"')

@@ -1,0 +1,148 @@
+"""What to score, as token ids: texts, and continuations with the border between text and continuation."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyengine.codec import Codec
+from pyengine.engine.scoring import Window, window_spans
+from pyengine.errors import RequestError
+from pyengine.outputs import Logprob, ScoreOutput
+from pyengine.prompts import Prompt
+
+
+@dataclass
+class Target:
+    """``token_ids[start:]`` are to be scored, given what is before them."""
+
+    text: str | None
+    token_ids: array[int]
+    start: int
+    num_characters: int | None  # of the tokens that can be scored
+
+    @property
+    def first(self) -> int:
+        """The first token that follows something."""
+        return max(self.start, 1)
+
+    def windows(self, size: int, stride: int) -> list[Window]:
+        spans = window_spans(len(self.token_ids), self.first, size, stride)
+        return [Window(self.token_ids[begin:end], first - begin) for begin, end, first in spans]
+
+    def output(self, codec: Codec, windows: Sequence[Window], with_top: bool) -> ScoreOutput:
+        ids = self.token_ids[self.start :].tolist()
+        unscored = self.first - self.start
+        logprobs: list[float | None] = [None] * unscored
+        logprobs += [value for window in windows for value in window.logprobs]
+        top: list[list[Logprob] | None] = [None] * unscored
+        top += [
+            [Logprob(value, rank, codec.decode_token(token)) for rank, (token, value) in enumerate(best, 1)]
+            for window in windows
+            for best in window.top_logprobs
+        ]
+        tokenizer = codec.tokenizer
+        return ScoreOutput(
+            text=self.text,
+            token_ids=ids,
+            tokens=[] if tokenizer is None else [tokenizer.id_to_piece(token) for token in ids],
+            logprobs=logprobs,
+            num_context_tokens=self.start,
+            num_characters=self.num_characters,
+            top_logprobs=top if with_top else None,
+        )
+
+
+def text_target(codec: Codec, text: Prompt, add_bos: bool) -> Target:
+    """All of a text. Its first token can be scored only after BOS."""
+    ids = codec.encode(text)
+    start = 0
+    if add_bos:
+        bos = _bos(codec)
+        if not ids or ids[0] != bos:
+            ids.insert(0, bos)
+            start = 1
+    if len(ids) == start:
+        raise RequestError("there is nothing to score: the text is empty")
+    target = Target(_text_of(codec, text, ids[start:]), ids, start, None)
+    unscored = ids[start : target.first]
+    target.num_characters = _characters(codec, text, unscored, ids[target.first :])
+    return target
+
+
+def continuation_targets(
+    codec: Codec, text: Prompt, continuations: Sequence[Prompt], add_bos: bool
+) -> list[Target]:
+    """Continuations of one text, all scored from the same border on, so that they can be compared.
+
+    Text and continuation are encoded together: the tokens of a text may change where something is joined
+    to it ("Hello " + "world" is "Hello", " world"). The border lies where the first of the continuations
+    changes the tokens of the text, or adds to them; what the text has beyond it is scored with each.
+    """
+    context = codec.encode(text)
+    joined: list[array[int]] = []
+    for number, continuation in enumerate(continuations):
+        if isinstance(text, str) and isinstance(continuation, str):
+            ids = codec.encode(text + continuation)
+        else:
+            ids = context + _encode_bare(codec, continuation)
+        if not continuation or len(ids) == _common(context, ids):
+            what = f"continuation {number}" if len(continuations) > 1 else "the continuation"
+            raise RequestError(
+                f"{what} ({continuation!r}) adds no token to the text: there is nothing to score"
+            )
+        joined.append(ids)
+    border = min(_common(context, ids) for ids in joined)
+    targets = []
+    for continuation, ids in zip(continuations, joined, strict=True):
+        if isinstance(text, str) and isinstance(continuation, str) and border < len(context):
+            characters = _characters(codec, text + continuation, ids[:border], ids[border:])
+        else:
+            characters = _characters(codec, continuation, (), ids[border:])
+        start = border
+        # Something has to come before the first token, as in generating from an empty prompt.
+        if (add_bos or border == 0) and ids[:1] != array("i", (_bos(codec),)) or border == 0:
+            ids = array("i", (_bos(codec),)) + ids
+            start += 1
+        targets.append(Target(_text_of(codec, continuation, ids[start:]), ids, start, characters))
+    return targets
+
+
+def _bos(codec: Codec) -> int:
+    if codec.bos_token_id is None:
+        raise RequestError(
+            "neither config.json nor the tokenizer names a BOS token: "
+            "score with add_bos=False, and a continuation with a text in front"
+        )
+    return codec.bos_token_id
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common beginning."""
+    for position, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return position
+    return min(len(a), len(b))
+
+
+def _encode_bare(codec: Codec, continuation: Prompt) -> array[int]:
+    """Ids of a continuation of token ids, without the special tokens that a text begins with."""
+    ids = codec.encode(continuation)
+    if isinstance(continuation, str):
+        front = codec.encode("")
+        if front and ids[: len(front)] == front:
+            return ids[len(front) :]
+    return ids
+
+
+def _text_of(codec: Codec, given: Prompt, ids: Sequence[int]) -> str | None:
+    return given if isinstance(given, str) else codec.decode(ids)
+
+
+def _characters(codec: Codec, given: Prompt, before: Sequence[int], scored: Sequence[int]) -> int | None:
+    """Characters of the scored tokens: what ``given`` has beyond the tokens ``before`` them."""
+    if isinstance(given, str):
+        return max(0, len(given) - len(codec.decode(before) or ""))
+    text = codec.decode(scored)
+    return None if text is None else len(text)
