@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast, overload
 
 from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, int], object]
+OnOutput = Callable[[int, RequestOutput], object]
 _PROGRESS_INTERVAL = 0.1  # seconds
 
 
@@ -114,11 +115,14 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | Progress = False,
+        on_output: OnOutput | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts: texts, lists of token ids, or None (from BOS). One output per prompt, in order.
 
         ``params``: for all prompts, or one per prompt. ``progress``: True for a line on standard error, or a
         function that is called with (finished prompts, all prompts, new tokens) now and then, and at the end.
+        ``on_output`` is called with (index, output) for each prompt in order, as soon as it and those before
+        it are finished; after Ctrl-C also for the others, whose finish_reason is "abort".
         Every prompt is checked before the first one runs: RequestError names the one at fault, by its index
         in a list, and nothing has run then.
         """
@@ -132,8 +136,19 @@ class LLM:
                 if not many:
                     raise
                 raise type(error)(f"prompt {index}: {error}") from error
-        self._run(requests, _print_progress if progress is True else progress or None)
-        return [request.output() for request in requests]
+        outputs: list[RequestOutput] = []
+        try:
+            with closing(self._run(requests, _print_progress if progress is True else progress or None)) as run:
+                for request in run:
+                    outputs.append(request.output())
+                    if on_output is not None:
+                        on_output(len(outputs) - 1, outputs[-1])
+        except KeyboardInterrupt:
+            if on_output is not None:
+                for index in range(len(outputs), len(requests)):
+                    on_output(index, requests[index].output())
+            raise
+        return outputs
 
     def stream(
         self, prompt: Prompt = None, params: SamplingParams | None = None, *, request_id: str | None = None
@@ -282,7 +297,8 @@ class LLM:
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
         return (z ^ (z >> 31)) >> 1
 
-    def _run(self, requests: list[Request], progress: Progress | None) -> None:
+    def _run(self, requests: list[Request], progress: Progress | None) -> Generator[Request, None, None]:
+        """Run requests together and yield each, in order, once it is finished."""
         try:
             with self._exclusive():
                 for request in requests:
@@ -297,6 +313,7 @@ class LLM:
                         _report(progress, requests)
                         next_report = time.perf_counter() + _PROGRESS_INTERVAL
                 _raise_failure(request)
+                yield request
             if progress is not None:
                 _report(progress, requests)
         finally:
