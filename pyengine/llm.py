@@ -138,8 +138,9 @@ class LLM:
                 raise type(error)(f"prompt {index}: {error}") from error
         outputs: list[RequestOutput] = []
         try:
-            with closing(self._run(requests, _print_progress if progress is True else progress or None)) as run:
-                for request in run:
+            report = _print_progress if progress is True else progress or None
+            with closing(self._run(requests, report)) as finished:
+                for request in finished:
                     outputs.append(request.output())
                     if on_output is not None:
                         on_output(len(outputs) - 1, outputs[-1])
@@ -164,7 +165,7 @@ class LLM:
         return self._deltas(self._request(one, _params_of_each(params, 1)[0], request_id, stream=True))
 
     def abort(self, request_id: str) -> None:
-        """End a running request: what it has so far gets finish_reason "abort". Unknown ids are left alone."""
+        """End a running request: what it has so far is its output ("abort"). Unknown ids are left alone."""
         self._engine.abort(request_id)
         self._settle()
 
