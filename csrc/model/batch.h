@@ -1,0 +1,40 @@
+// The host side of one ragged batch: owns the arrays of ops::RaggedBatch and checks that they
+// agree.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ops/ops.h"
+
+namespace pyengine {
+
+class Batch {
+ public:
+  // Arrays as in ops::RaggedBatch, block_copies (2n,) source, destination, source, ... Throws
+  // RequestError naming the sequence and the field that do not fit the others.
+  Batch(std::vector<int32_t> token_ids, std::vector<int32_t> positions,
+        std::vector<int32_t> query_start, std::vector<int32_t> context_len,
+        std::vector<int32_t> block_table, std::vector<int32_t> block_copies);
+
+  int32_t num_tokens() const { return static_cast<int32_t>(token_ids_.size()); }
+  int32_t num_seqs() const { return static_cast<int32_t>(context_len_.size()); }
+  int32_t num_copies() const { return static_cast<int32_t>(block_copies_.size() / 2); }
+  const int32_t* block_copies() const { return block_copies_.data(); }
+  int32_t context_len(int32_t seq) const { return context_len_[seq]; }
+  int32_t last_row(int32_t seq) const { return query_start_[seq + 1] - 1; }
+  ops::RaggedBatch view() const;
+
+  // Checks against a model and a cache, before any of its memory is touched: token ids below
+  // vocab_size, positions below n_positions, blocks that exist, and none written by two sequences.
+  // `written` is scratch, (num_blocks,), kept by the caller.
+  void require_fits(int32_t vocab_size, int32_t n_positions, int32_t num_blocks,
+                    std::vector<uint8_t>& written) const;
+
+ private:
+  std::vector<int32_t> token_ids_, positions_, query_start_, context_len_, block_table_;
+  std::vector<int32_t> block_copies_;
+  int32_t max_blocks_ = 0;
+};
+
+}  // namespace pyengine

@@ -1,0 +1,184 @@
+#include "model/gpt2.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "core/errors.h"
+
+namespace pyengine {
+
+namespace {
+
+std::string number(int64_t n) { return std::to_string(n); }
+
+}  // namespace
+
+void GPT2Config::require_valid() const {
+  auto require = [](bool ok, const char* field, double value, const char* rule) {
+    if (ok) return;
+    std::string text = number(static_cast<int64_t>(value));
+    throw ConfigError(std::string("config: ") + field + " is " + text + ", but must be " + rule);
+  };
+  const char* positive = "at least 1";
+  require(n_layer >= 1, "n_layer", n_layer, positive);
+  require(n_head >= 1, "n_head", n_head, positive);
+  require(n_embd >= 1, "n_embd", n_embd, positive);
+  require(n_inner >= 1, "n_inner", n_inner, positive);
+  require(n_positions >= 1, "n_positions", n_positions, positive);
+  require(vocab_size >= 1, "vocab_size", vocab_size, positive);
+  require(n_embd % n_head == 0, "n_embd", n_embd,
+          ("a multiple of n_head, " + number(n_head)).c_str());
+  if (!(layer_norm_epsilon >= 0) || !std::isfinite(layer_norm_epsilon)) {
+    throw ConfigError("config: layer_norm_epsilon is " + std::to_string(layer_norm_epsilon) +
+                      ", but must be a number of at least 0");
+  }
+}
+
+size_t GPT2::owned_bytes() const {
+  size_t total = 0;
+  for (const AlignedBuffer& buffer : owned_) total += buffer.size();
+  return total;
+}
+
+void GPT2::require_fits(const KVCache& kv, const Batch& batch) {
+  const KVLayout& layout = kv.layout();
+  if (kv.n_layer() != config_.n_layer || layout.n_head != config_.n_head ||
+      layout.head_dim != config_.head_dim()) {
+    throw ConfigError("the KV cache was made for " + number(kv.n_layer()) + " layers of " +
+                      number(layout.n_head) + " heads of " + number(layout.head_dim) +
+                      " channels, but the model has " + number(config_.n_layer) + ", " +
+                      number(config_.n_head) + " and " + number(config_.head_dim()));
+  }
+  batch.require_fits(config_.vocab_size, config_.n_positions, kv.num_blocks(), written_blocks_);
+}
+
+void GPT2::require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const {
+  for (int32_t r = 0; r < num_rows; ++r) {
+    if (rows[r] < 0 || rows[r] >= batch.num_tokens()) {
+      throw RequestError("row " + number(rows[r]) + " does not exist: the batch has " +
+                         number(batch.num_tokens()) + " tokens");
+    }
+  }
+}
+
+// x += attn_out c_proj;  x += gelu(ln_2(x) c_fc) c_proj
+void GPT2::mlp(ExecContext& ctx, const Layer& layer, const void* attn_out, int64_t num_rows,
+               float* x) {
+  const int64_t channels = config_.n_embd;
+  void* h = h_.buffer.data();
+  void* ff = ff_.buffer.data();
+  ops::linear_residual(ctx, attn_out, num_rows, layer.attn_c_proj.weight, layer.attn_c_proj.bias,
+                       x);
+  ops::layer_norm(ctx, x, nullptr, num_rows, channels, layer.ln_2.gain, layer.ln_2.bias,
+                  config_.layer_norm_epsilon, h, dtype_);
+  ops::linear(ctx, h, num_rows, layer.c_fc.weight, layer.c_fc.bias, config_.activation, ff, dtype_);
+  ops::linear_residual(ctx, ff, num_rows, layer.mlp_c_proj.weight, layer.mlp_c_proj.bias, x);
+}
+
+const void* GPT2::hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batch,
+                                const int32_t* rows, int32_t num_rows) {
+  const ops::RaggedBatch view = batch.view();
+  const int64_t tokens = view.num_tokens;
+  const int64_t channels = config_.n_embd;
+  const size_t act_row = channels * size_of(dtype_);
+  float* x = x_.f32(tokens * channels);
+  float* q = q_.f32(tokens * channels);
+  h_.reserve((num_rows > tokens ? num_rows : tokens) * act_row);
+  attn_.reserve(tokens * act_row);
+  ff_.reserve(tokens * config_.n_inner * size_of(dtype_));
+  void* h = h_.buffer.data();
+  void* attn = attn_.buffer.data();
+
+  if (batch.num_copies() > 0) {
+    for (int32_t i = 0; i < config_.n_layer; ++i) {
+      ops::copy_blocks(ctx, kv.layer(i), batch.block_copies(), batch.num_copies());
+    }
+  }
+  ops::embed(ctx, view, wte_, wpe_, dtype_, channels, x);
+  for (int32_t i = 0; i < config_.n_layer; ++i) {
+    const Layer& layer = layers_[i];
+    float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;
+    if (config_.scale_attn_by_inverse_layer_idx) scale /= static_cast<float>(i + 1);
+    ops::layer_norm(ctx, x, nullptr, tokens, channels, layer.ln_1.gain, layer.ln_1.bias,
+                    config_.layer_norm_epsilon, h, dtype_);
+    ops::qkv(ctx, h, layer.c_attn.weight, layer.c_attn.bias, view, q, kv.layer(i));
+    const bool is_last = i + 1 == config_.n_layer;
+    if (is_last && num_rows == 0) return nullptr;
+    ops::attention(ctx, q, view, kv.layer(i), scale, attn, dtype_);
+    if (!is_last || num_rows >= tokens) {
+      mlp(ctx, layer, attn, tokens, x);
+      continue;
+    }
+    // Nobody reads the other rows of the last layer: in a prompt that is nearly all of them.
+    float* last_x = last_x_.f32(num_rows * channels);
+    auto* last_attn = static_cast<std::byte*>(last_attn_.reserve(num_rows * act_row));
+    for (int64_t r = 0; r < num_rows; ++r) {
+      std::memcpy(last_x + r * channels, x + rows[r] * channels, channels * sizeof(float));
+      std::memcpy(last_attn + r * act_row, static_cast<std::byte*>(attn) + rows[r] * act_row,
+                  act_row);
+    }
+    mlp(ctx, layer, last_attn, num_rows, last_x);
+    x = last_x;
+    rows = nullptr;
+  }
+  ops::layer_norm(ctx, x, rows, num_rows, channels, ln_f_.gain, ln_f_.bias,
+                  config_.layer_norm_epsilon, h, dtype_);
+  return h;
+}
+
+void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
+                const int32_t* request_slot, StepResult& result) {
+  require_fits(kv, batch);
+  sample_rows_.clear();
+  sample_slots_.clear();
+  sample_positions_.clear();
+  for (int32_t b = 0; b < batch.num_seqs(); ++b) {
+    if (request_slot[b] < 0) continue;
+    sampler.require_slot(request_slot[b]);
+    sample_rows_.push_back(batch.last_row(b));
+    sample_slots_.push_back(request_slot[b]);
+    sample_positions_.push_back(batch.context_len(b));
+  }
+  const auto num_rows = static_cast<int32_t>(sample_rows_.size());
+  const void* h = hidden_states(ctx, kv, batch, sample_rows_.data(), num_rows);
+  float* logits = nullptr;
+  if (num_rows > 0) {
+    logits = logits_.f32(static_cast<int64_t>(num_rows) * config_.vocab_size);
+    ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
+  }
+  sampler.sample(ctx, logits, num_rows, config_.vocab_size, sample_slots_.data(),
+                 sample_positions_.data(), result);
+}
+
+void GPT2::forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
+                   int32_t num_rows, float* logits) {
+  require_fits(kv, batch);
+  require_rows(batch, rows, num_rows);
+  const void* h = hidden_states(ctx, kv, batch, rows, num_rows);
+  if (num_rows == 0) return;
+  ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
+}
+
+void GPT2::score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
+                 int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
+                 int32_t* top_ids, float* top_logprobs) {
+  require_fits(kv, batch);
+  require_rows(batch, rows, num_rows);
+  for (int32_t r = 0; r < num_rows; ++r) {
+    if (targets[r] < 0 || targets[r] >= config_.vocab_size) {
+      throw RequestError("target token " + number(targets[r]) + " is outside the vocabulary of " +
+                         number(config_.vocab_size));
+    }
+  }
+  constexpr int32_t kMaxTopN = 64;  // ops::score_rows
+  if (top_n < 0 || top_n > kMaxTopN || top_n > config_.vocab_size) {
+    throw RequestError("top_n is " + number(top_n) + ", but must lie in 0 to " +
+                       number(std::min(kMaxTopN, config_.vocab_size)));
+  }
+  const void* h = hidden_states(ctx, kv, batch, rows, num_rows);
+  if (num_rows == 0) return;
+  ops::score_rows(ctx, h, num_rows, head_, targets, top_n, logprobs, top_ids, top_logprobs);
+}
+
+}  // namespace pyengine

@@ -1,0 +1,125 @@
+// GPT-2: configuration, weights, and the forward pass over one ragged batch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/memory.h"
+#include "kv/kv_cache.h"
+#include "model/batch.h"
+#include "ops/ops.h"
+#include "sampling/sampler.h"
+
+namespace pyengine {
+
+struct GPT2Config {
+  int32_t n_layer = 0;
+  int32_t n_head = 0;
+  int32_t n_embd = 0;
+  int32_t n_inner = 0;
+  int32_t n_positions = 0;
+  int32_t vocab_size = 0;
+  ops::Activation activation = ops::Activation::gelu_tanh;
+  float layer_norm_epsilon = 1e-5f;
+  bool scale_attn_weights = true;
+  bool scale_attn_by_inverse_layer_idx = false;
+
+  int32_t head_dim() const { return n_embd / n_head; }
+  void require_valid() const;  // throws ConfigError naming the field
+};
+
+// A tensor of a checkpoint, as it lies in the file.
+struct TensorView {
+  const void* data = nullptr;
+  size_t bytes = 0;
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;
+};
+
+class GPT2 {
+ public:
+  // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
+  // ignored. Matrices whose dtype is `dtype` (f32 or bf16) are read in place and must outlive the
+  // model; others, and every vector, are converted into memory of its own. Throws ConfigError,
+  // CheckpointError.
+  GPT2(ExecContext& ctx, const GPT2Config& config, const std::map<std::string, TensorView>& tensors,
+       DType dtype);
+
+  const GPT2Config& config() const { return config_; }
+  DType dtype() const { return dtype_; }
+  size_t owned_bytes() const;  // of converted weights
+
+  // Runs the batch and samples the last token of each sequence with request_slot[b] >= 0, (B,).
+  // The random counter of a sample is its position, context_len[b].
+  void step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
+            const int32_t* request_slot, StepResult& result);
+
+  // Logits (R, V) of rows[0, R) of the batch.
+  void forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
+               int32_t num_rows, float* logits);
+
+  // Log-probabilities (R,) of `targets` after `rows`, and the top_n best tokens (R, top_n) with
+  // theirs.
+  void score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
+             int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
+             int32_t* top_ids, float* top_logprobs);
+
+ private:
+  struct Dense {
+    ops::Weight weight;
+    const float* bias = nullptr;
+  };
+  struct Norm {
+    const float* gain = nullptr;
+    const float* bias = nullptr;
+  };
+  struct Layer {
+    Norm ln_1, ln_2;
+    Dense c_attn, attn_c_proj, c_fc, mlp_c_proj;
+  };
+  // A buffer of activations that is reused from step to step and only ever grows.
+  struct Activations {
+    AlignedBuffer buffer;
+    void* reserve(size_t bytes) {
+      if (buffer.size() < bytes) buffer = AlignedBuffer(bytes);
+      return buffer.data();
+    }
+    float* f32(int64_t elements) { return static_cast<float*>(reserve(elements * sizeof(float))); }
+  };
+  class Loader;
+
+  void require_fits(const KVCache& kv, const Batch& batch);
+  void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const;
+
+  // Everything up to and including the final layer norm of the chosen rows: (R, C) of dtype_, or
+  // null if there are none. `rows` rise.
+  const void* hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
+                            int32_t num_rows);
+  void mlp(ExecContext& ctx, const Layer& layer, const void* attn_out, int64_t num_rows, float* x);
+
+  GPT2Config config_;
+  DType dtype_;
+  const void* wte_ = nullptr;
+  const void* wpe_ = nullptr;
+  std::vector<Layer> layers_;
+  Norm ln_f_;
+  ops::Weight head_;
+  std::vector<AlignedBuffer> owned_;
+
+  // T, R, C as in ops.h; act is dtype_.
+  Activations x_;          // (T, C) f32: the residual stream
+  Activations h_;          // (T, C) act: what a dense layer reads
+  Activations q_;          // (T, C) f32
+  Activations attn_;       // (T, C) act
+  Activations ff_;         // (T, n_inner) act
+  Activations last_x_;     // (R, C) f32: chosen rows of the last layer
+  Activations last_attn_;  // (R, C) act
+  Activations logits_;     // (R, V) f32
+  std::vector<int32_t> sample_rows_, sample_slots_, sample_positions_;
+  std::vector<uint8_t> written_blocks_;
+};
+
+}  // namespace pyengine

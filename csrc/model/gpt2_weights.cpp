@@ -1,0 +1,130 @@
+// From the tensors of a checkpoint to the weights that the ops read.
+#include <cstring>
+#include <utility>
+
+#include "core/errors.h"
+#include "model/gpt2.h"
+
+namespace pyengine {
+
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+std::string text(const Shape& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+int64_t elements(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t d : shape) n *= d;
+  return n;
+}
+
+}  // namespace
+
+class GPT2::Loader {
+ public:
+  Loader(ExecContext& ctx, const std::map<std::string, TensorView>& tensors, DType dtype,
+         std::vector<AlignedBuffer>& owned)
+      : ctx_(ctx), tensors_(tensors), dtype_(dtype), owned_(owned) {}
+
+  bool has(const std::string& name) const { return tensors_.count(name) > 0; }
+
+  // A matrix in the model's dtype: where it lies, if it can be read there.
+  const void* matrix(const std::string& name, int64_t rows, int64_t cols) {
+    return as(dtype_, find(name, {rows, cols}), rows * cols);
+  }
+
+  // A vector; always float32.
+  const float* vector(const std::string& name, int64_t n) {
+    return static_cast<const float*>(as(DType::f32, find(name, {n}), n));
+  }
+
+  Dense conv1d(const std::string& name, int64_t in, int64_t out) {
+    return {{matrix(name + ".weight", in, out), dtype_, ops::WeightLayout::in_out, in, out},
+            vector(name + ".bias", out)};
+  }
+
+  Norm norm(const std::string& name, int64_t n) {
+    return {vector(name + ".weight", n), vector(name + ".bias", n)};
+  }
+
+ private:
+  const TensorView& find(const std::string& name, const Shape& shape) const {
+    auto entry = tensors_.find(name);
+    if (entry == tensors_.end()) {
+      throw CheckpointError("tensor '" + name + "' of shape " + text(shape) +
+                            " is missing from the checkpoint");
+    }
+    const TensorView& tensor = entry->second;
+    if (tensor.shape != shape) {
+      throw CheckpointError("tensor '" + name + "' has shape " + text(tensor.shape) +
+                            ", but the configuration asks for " + text(shape));
+    }
+    size_t expected = elements(shape) * size_of(tensor.dtype);
+    if (tensor.bytes != expected) {
+      throw CheckpointError("tensor '" + name + "' holds " + std::to_string(tensor.bytes) +
+                            " bytes, but " + text(shape) + " of " + name_of(tensor.dtype) +
+                            " takes " + std::to_string(expected));
+    }
+    return tensor;
+  }
+
+  const void* as(DType dtype, const TensorView& tensor, int64_t n) {
+    const size_t alignment = size_of(dtype);
+    const bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0;
+    if (tensor.dtype == dtype && aligned) return tensor.data;
+    owned_.emplace_back(n * size_of(dtype));
+    void* out = owned_.back().data();
+    if (tensor.dtype == dtype) {
+      std::memcpy(out, tensor.data, tensor.bytes);
+    } else if (reinterpret_cast<uintptr_t>(tensor.data) % size_of(tensor.dtype) == 0) {
+      ops::convert(ctx_, tensor.data, tensor.dtype, out, dtype, n);
+    } else {
+      AlignedBuffer copy(tensor.bytes);
+      std::memcpy(copy.data(), tensor.data, tensor.bytes);
+      ops::convert(ctx_, copy.data(), tensor.dtype, out, dtype, n);
+    }
+    return out;
+  }
+
+  ExecContext& ctx_;
+  const std::map<std::string, TensorView>& tensors_;
+  DType dtype_;
+  std::vector<AlignedBuffer>& owned_;
+};
+
+GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
+           const std::map<std::string, TensorView>& tensors, DType dtype)
+    : config_(config), dtype_(dtype) {
+  config.require_valid();
+  if (dtype == DType::f16) {
+    throw ConfigError("dtype is float16, but the CPU computes in float32 or bfloat16");
+  }
+  const int64_t channels = config.n_embd;
+  const int64_t inner = config.n_inner;
+  Loader load(ctx, tensors, dtype, owned_);
+  wte_ = load.matrix("wte.weight", config.vocab_size, channels);
+  wpe_ = load.matrix("wpe.weight", config.n_positions, channels);
+  layers_.reserve(config.n_layer);
+  for (int32_t i = 0; i < config.n_layer; ++i) {
+    const std::string h = "h." + std::to_string(i) + ".";
+    Layer layer;
+    layer.ln_1 = load.norm(h + "ln_1", channels);
+    layer.c_attn = load.conv1d(h + "attn.c_attn", channels, 3 * channels);
+    layer.attn_c_proj = load.conv1d(h + "attn.c_proj", channels, channels);
+    layer.ln_2 = load.norm(h + "ln_2", channels);
+    layer.c_fc = load.conv1d(h + "mlp.c_fc", channels, inner);
+    layer.mlp_c_proj = load.conv1d(h + "mlp.c_proj", inner, channels);
+    layers_.push_back(layer);
+  }
+  ln_f_ = load.norm("ln_f", channels);
+  const char* untied = "lm_head.weight";
+  head_ = {load.has(untied) ? load.matrix(untied, config.vocab_size, channels) : wte_, dtype,
+           ops::WeightLayout::out_in, channels, config.vocab_size};
+}
+
+}  // namespace pyengine
