@@ -84,7 +84,7 @@ def load_checkpoint(
     path = resolve(model, revision=revision, local_files_only=local_files_only)
     directory, weight_file = (path, None) if path.is_dir() else (path.parent, path)
     config_file = directory / "config.json"
-    if not config_file.exists():
+    if not config_file.is_file():
         raise CheckpointError(
             f"{directory} has no config.json; a checkpoint directory holds config.json and weights"
             + _hint_for(directory)

@@ -89,7 +89,7 @@ class GPT2Config:
             raise ConfigError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}; n_embd must be a multiple of n_head"
             )
-        if self.activation_function not in ACTIVATIONS:
+        if not isinstance(self.activation_function, str) or self.activation_function not in ACTIVATIONS:
             raise ConfigError(
                 f"activation_function is {show(self.activation_function)}; "
                 f"pyengine knows {', '.join(ACTIVATIONS)}"

@@ -64,5 +64,5 @@ def read_json_object(
                 raise error(f"{path} is {size} bytes long; JSON files may have {MAX_JSON_BYTES}")
             data = file.read()
     except (OSError, ValueError) as e:  # ValueError: a path with a null character
-        raise error(f"cannot read {show(os.fspath(path))}: {getattr(e, 'strerror', None) or e}") from None
+        raise error(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     return parse_json_object(data, str(path), error, unique_keys=unique_keys)

@@ -37,18 +37,17 @@ def select_weights(
     transformers, the embedding wins). CheckpointError if a tensor is missing or does not fit.
     """
     expected = config.weight_shapes()
-    weights: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, tensor in tensors.items():
         short = canonical_name(name)
         if short in expected:
-            if short in weights:
+            if short in found:
                 raise CheckpointError(
-                    f"{where}: tensors {show(weights[short].name)} and {show(name)} are both {short!r}; "
+                    f"{where}: tensors {show(found[short].name)} and {show(name)} are both {short!r}; "
                     "remove one"
                 )
-            _check_tensor(short, tensor, expected[short])
-            weights[short] = tensor
+            found[short] = tensor
         elif any(part in short for part in _CROSS_ATTENTION):
             raise CheckpointError(
                 f"{tensor.file}: tensor {show(name)} belongs to cross-attention; "
@@ -58,10 +57,12 @@ def select_weights(
             short != "lm_head.weight"
         ):
             ignored.append(name)
-    missing = [name for name in expected if name not in weights]
+    missing = [name for name in expected if name not in found]
     if missing:
         raise CheckpointError(_missing_message(missing, expected, list(tensors), where))
-    return weights, tuple(ignored)
+    for short, shape in expected.items():  # the embedding first: its message says most about a wrong config
+        _check_tensor(short, found[short], shape)
+    return {short: found[short] for short in expected}, tuple(ignored)
 
 
 def _check_tensor(short: str, tensor: Tensor, expected: tuple[int, ...]) -> None:

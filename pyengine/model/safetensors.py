@@ -80,7 +80,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
                 )
             mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     except (OSError, ValueError, OverflowError) as e:
-        raise CheckpointError(f"cannot read {show(path)}: {getattr(e, 'strerror', None) or e}") from None
+        raise CheckpointError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     header_bytes = int.from_bytes(mapping[:8], "little")
     if header_bytes > MAX_JSON_BYTES or header_bytes > size - 8:
         hint = (

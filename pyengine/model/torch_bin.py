@@ -24,7 +24,7 @@ def read_torch_bin(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             magic = file.read(8)
     except (OSError, ValueError) as e:
-        raise CheckpointError(f"cannot read {show(path)}: {getattr(e, 'strerror', None) or e}") from None
+        raise CheckpointError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
     if magic == b"version ":
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull'")
     try:
