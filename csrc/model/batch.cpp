@@ -80,14 +80,22 @@ ops::RaggedBatch Batch::view() const {
   return view;
 }
 
-void Batch::require_fits(int32_t vocab_size, int32_t n_positions, int32_t num_blocks,
-                         std::vector<uint8_t>& written) const {
+void Batch::require_tokens(int32_t vocab_size, int32_t n_positions) const {
   for (int32_t t = 0; t < num_tokens(); ++t) {
     if (token_ids_[t] < 0 || token_ids_[t] >= vocab_size) {
       refuse("token id " + number(token_ids_[t]) + " at position " + number(positions_[t]) +
              " is outside the vocabulary of " + number(vocab_size));
     }
   }
+  for (int32_t b = 0; b < num_seqs(); ++b) {
+    if (context_len_[b] > n_positions) {
+      refuse("sequence " + number(b) + ": context_len is " + number(context_len_[b]) +
+             ", but the model has " + number(n_positions) + " positions");
+    }
+  }
+}
+
+void Batch::require_blocks(int32_t num_blocks, std::vector<uint8_t>& marks) const {
   auto require_block = [&](int32_t block, const std::string& where) {
     if (block < 0 || block >= num_blocks) {
       refuse(where + ": block " + number(block) + " does not exist, the cache has " +
@@ -95,36 +103,32 @@ void Batch::require_fits(int32_t vocab_size, int32_t n_positions, int32_t num_bl
     }
   };
   constexpr uint8_t kCopied = 1, kRead = 2, kWritten = 4;
-  written.assign(num_blocks, 0);
+  marks.assign(num_blocks, 0);
   for (int32_t i = 0; i < num_copies(); ++i) {
     const int32_t source = block_copies_[2 * i], target = block_copies_[2 * i + 1];
     require_block(source, "block_copies");
     require_block(target, "block_copies");
-    written[source] |= kRead;
-    if (written[target] & kCopied) refuse("block " + number(target) + " is copied to twice");
-    written[target] |= kCopied;
+    marks[source] |= kRead;
+    if (marks[target] & kCopied) refuse("block " + number(target) + " is copied to twice");
+    marks[target] |= kCopied;
   }
   for (int32_t i = 0; i < num_copies(); ++i) {
-    if ((written[block_copies_[2 * i + 1]] & kRead) != 0) {
+    if ((marks[block_copies_[2 * i + 1]] & kRead) != 0) {
       refuse("block " + number(block_copies_[2 * i + 1]) + " is copied both from and to");
     }
   }
   for (int32_t b = 0; b < num_seqs(); ++b) {
     const int32_t* table = block_table_.data() + static_cast<int64_t>(b) * max_blocks_;
-    if (context_len_[b] > n_positions) {
-      refuse("sequence " + number(b) + ": context_len is " + number(context_len_[b]) +
-             ", but the model has " + number(n_positions) + " positions");
-    }
     const int32_t used = (context_len_[b] + kBlockTokens - 1) / kBlockTokens;
     for (int32_t i = 0; i < used; ++i) require_block(table[i], "block_table");
     const int32_t first_written =
         (context_len_[b] - (query_start_[b + 1] - query_start_[b])) / kBlockTokens;
     for (int32_t i = first_written; i < used; ++i) {
-      if (written[table[i]] & kWritten) {
+      if (marks[table[i]] & kWritten) {
         refuse("block " + number(table[i]) + " is written by sequence " + number(b) +
                " and by another place of the batch");
       }
-      written[table[i]] |= kWritten;
+      marks[table[i]] |= kWritten;
     }
   }
 }

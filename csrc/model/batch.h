@@ -25,11 +25,12 @@ class Batch {
   int32_t last_row(int32_t seq) const { return query_start_[seq + 1] - 1; }
   ops::RaggedBatch view() const;
 
-  // Checks against a model and a cache, before any of its memory is touched: token ids below
-  // vocab_size, positions below n_positions, blocks that exist, and none written by two sequences.
-  // `written` is scratch, (num_blocks,), kept by the caller.
-  void require_fits(int32_t vocab_size, int32_t n_positions, int32_t num_blocks,
-                    std::vector<uint8_t>& written) const;
+  // Checks against a model and a cache, to be made before any of their memory is touched: token ids
+  // below vocab_size and positions below n_positions; blocks that exist, none written by two
+  // sequences.
+  void require_tokens(int32_t vocab_size, int32_t n_positions) const;
+  // `marks` is scratch, (num_blocks,), kept by the caller.
+  void require_blocks(int32_t num_blocks, std::vector<uint8_t>& marks) const;
 
  private:
   std::vector<int32_t> token_ids_, positions_, query_start_, context_len_, block_table_;

@@ -50,7 +50,8 @@ void GPT2::require_fits(const KVCache& kv, const Batch& batch) {
                       " channels, but the model has " + number(config_.n_layer) + ", " +
                       number(config_.n_head) + " and " + number(config_.head_dim()));
   }
-  batch.require_fits(config_.vocab_size, config_.n_positions, kv.num_blocks(), written_blocks_);
+  batch.require_tokens(config_.vocab_size, config_.n_positions);
+  batch.require_blocks(kv.num_blocks(), block_marks_);
 }
 
 void GPT2::require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const {

@@ -119,7 +119,7 @@ class GPT2 {
   Activations last_attn_;  // (R, C) act
   Activations logits_;     // (R, V) f32
   std::vector<int32_t> sample_rows_, sample_slots_, sample_positions_;
-  std::vector<uint8_t> written_blocks_;
+  std::vector<uint8_t> block_marks_;
 };
 
 }  // namespace pyengine

@@ -1,0 +1,204 @@
+// Batch, Sampler, StepResult and Model.
+#include <pybind11/numpy.h>
+
+#include <map>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "core/errors.h"
+
+namespace pyengine::bindings {
+
+namespace {
+
+template <class T>
+T field(const py::dict& config, const char* name) {
+  if (!config.contains(name)) {
+    throw ConfigError(std::string("config: the field ") + name + " is missing");
+  }
+  try {
+    return config[name].cast<T>();
+  } catch (const py::cast_error&) {
+    throw ConfigError(std::string("config: ") + name + " is " +
+                      std::string(py::repr(config[name])) + ", which is of the wrong type");
+  }
+}
+
+GPT2Config config_from(const py::dict& config) {
+  GPT2Config c;
+  c.n_layer = field<int32_t>(config, "n_layer");
+  c.n_head = field<int32_t>(config, "n_head");
+  c.n_embd = field<int32_t>(config, "n_embd");
+  c.n_inner = field<int32_t>(config, "n_inner");
+  c.n_positions = field<int32_t>(config, "n_positions");
+  c.vocab_size = field<int32_t>(config, "vocab_size");
+  c.activation = activation_from(field<std::string>(config, "activation"));
+  c.layer_norm_epsilon = field<float>(config, "layer_norm_epsilon");
+  c.scale_attn_weights = field<bool>(config, "scale_attn_weights");
+  c.scale_attn_by_inverse_layer_idx = field<bool>(config, "scale_attn_by_inverse_layer_idx");
+  return c;
+}
+
+// The model together with the context it runs on and the buffers its weights lie in.
+class PyModel {
+ public:
+  PyModel(py::object ctx, const py::object& config, const py::object& weights,
+          const std::string& dtype)
+      : ctx_object_(std::move(ctx)), ctx_(ctx_object_.cast<PyExecContext&>()) {
+    const py::dict entries(weights);  // any mapping
+    std::map<std::string, TensorView> tensors;
+    buffers_.reserve(entries.size());
+    for (auto [key, value] : entries) {
+      auto name = key.cast<std::string>();
+      auto entry = value.cast<std::tuple<py::object, std::string, std::vector<int64_t>>>();
+      buffers_.emplace_back(std::get<0>(entry), name.c_str());
+      const BufferView& buffer = buffers_.back();
+      tensors[name] = {buffer.data(), buffer.bytes(), dtype_from(std::get<1>(entry)),
+                       std::get<2>(entry)};
+    }
+    GPT2Config c = config_from(py::dict(config));
+    DType d = dtype_from(dtype);
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(ctx_.mutex);
+    model_.emplace(ctx_.context, c, tensors, d);
+  }
+
+  const GPT2& model() const { return *model_; }
+
+  StepResult step(PyKVCache& kv, PySampler& sampler, const Batch& batch, py::handle request_slot) {
+    Int32View slots(request_slot, "request_slot");
+    if (slots.size() != batch.num_seqs()) {
+      throw RequestError("request_slot has " + std::to_string(slots.size()) +
+                         " entries, but the batch " + std::to_string(batch.num_seqs()) +
+                         " sequences");
+    }
+    StepResult result;
+    py::gil_scoped_release release;
+    std::scoped_lock lock(ctx_.mutex, kv.mutex, sampler.mutex);
+    model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result);
+    return result;
+  }
+
+  py::array_t<float> forward(PyKVCache& kv, const Batch& batch, const py::object& rows) {
+    std::vector<int32_t> chosen;
+    if (rows.is_none()) {
+      chosen.resize(batch.num_tokens());
+      for (int32_t r = 0; r < batch.num_tokens(); ++r) chosen[r] = r;
+    } else {
+      chosen = Int32View(rows, "rows").copy();
+    }
+    const auto num_rows = static_cast<int32_t>(chosen.size());
+    py::array_t<float> logits({py::ssize_t{num_rows}, py::ssize_t{model_->config().vocab_size}});
+    float* out = logits.mutable_data();
+    {
+      py::gil_scoped_release release;
+      std::scoped_lock lock(ctx_.mutex, kv.mutex);
+      model_->forward(ctx_.context, kv.cache, batch, chosen.data(), num_rows, out);
+    }
+    return logits;
+  }
+
+  py::tuple score(PyKVCache& kv, const Batch& batch, py::handle rows, py::handle targets,
+                  int32_t top_n) {
+    Int32View row_view(rows, "rows"), target_view(targets, "targets");
+    if (row_view.size() != target_view.size()) {
+      throw RequestError("score: " + std::to_string(row_view.size()) + " rows, but " +
+                         std::to_string(target_view.size()) + " targets");
+    }
+    const auto num_rows = static_cast<int32_t>(row_view.size());
+    const py::ssize_t columns = top_n > 0 ? top_n : 0;
+    py::array_t<float> logprobs(num_rows);
+    py::array_t<int32_t> top_ids({py::ssize_t{num_rows}, columns});
+    py::array_t<float> top_logprobs({py::ssize_t{num_rows}, columns});
+    float* out = logprobs.mutable_data();
+    int32_t* ids_out = top_ids.mutable_data();
+    float* top_out = top_logprobs.mutable_data();
+    {
+      py::gil_scoped_release release;
+      std::scoped_lock lock(ctx_.mutex, kv.mutex);
+      model_->score(ctx_.context, kv.cache, batch, row_view.begin(), num_rows, target_view.begin(),
+                    top_n, out, ids_out, top_out);
+    }
+    return py::make_tuple(logprobs, top_ids, top_logprobs);
+  }
+
+ private:
+  py::object ctx_object_;
+  PyExecContext& ctx_;
+  std::vector<BufferView> buffers_;
+  std::optional<GPT2> model_;
+};
+
+StepResult sample(PySampler& self, PyExecContext& ctx,
+                  const py::array_t<float, py::array::c_style>& logits, py::handle slots,
+                  py::handle positions) {
+  Int32View slot_view(slots, "slots"), position_view(positions, "positions");
+  if (logits.ndim() != 2 || logits.shape(0) != slot_view.size() ||
+      logits.shape(0) != position_view.size() || logits.shape(1) < 1) {
+    throw RequestError("sample: logits must be (R, V), with one slot and one position per row");
+  }
+  StepResult result;
+  const float* data = logits.data();
+  const int64_t rows = logits.shape(0);
+  const auto vocab_size = static_cast<int32_t>(logits.shape(1));
+  py::gil_scoped_release release;
+  std::scoped_lock lock(ctx.mutex, self.mutex);
+  self.sampler.sample(ctx.context, data, rows, vocab_size, slot_view.begin(), position_view.begin(),
+                      result);
+  return result;
+}
+
+}  // namespace
+
+void bind_model(py::module_& m) {
+  using py::arg;
+  py::class_<Batch>(m, "Batch")
+      .def(py::init([](py::handle token_ids, py::handle positions, py::handle query_start,
+                       py::handle context_len, py::handle block_table,
+                       const py::object& block_copies) {
+             return std::make_unique<Batch>(
+                 Int32View(token_ids, "token_ids").copy(), Int32View(positions, "positions").copy(),
+                 Int32View(query_start, "query_start").copy(),
+                 Int32View(context_len, "context_len").copy(),
+                 Int32View(block_table, "block_table").copy(),
+                 block_copies.is_none() ? std::vector<int32_t>()
+                                        : Int32View(block_copies, "block_copies").copy());
+           }),
+           arg("token_ids"), arg("positions"), arg("query_start"), arg("context_len"),
+           arg("block_table"), arg("block_copies") = py::none())
+      .def_property_readonly("num_tokens", &Batch::num_tokens)
+      .def_property_readonly("num_seqs", &Batch::num_seqs);
+
+  py::class_<StepResult>(m, "StepResult")
+      .def_readonly("token_ids", &StepResult::token_ids)
+      .def_readonly("logprobs", &StepResult::logprobs)
+      .def_readonly("top_logprobs", &StepResult::top_logprobs);
+
+  py::class_<PySampler>(m, "Sampler")
+      .def(py::init<int32_t>(), arg("num_slots"))
+      .def(
+          "set",
+          [](PySampler& self, int32_t slot, float temperature, int32_t top_k, double top_p,
+             uint64_t seed, uint64_t sample_index, int32_t logprobs) {
+            py::gil_scoped_release release;  // a step may hold the mutex for a while
+            std::lock_guard<std::mutex> lock(self.mutex);
+            self.sampler.set(slot, {temperature, top_k, top_p, seed, sample_index, logprobs});
+          },
+          arg("slot"), py::kw_only(), arg("temperature") = 1.0f, arg("top_k") = 0,
+          arg("top_p") = 1.0, arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1)
+      .def("sample", &sample, arg("ctx"), arg("logits"), arg("slots"), arg("positions"));
+
+  py::class_<PyModel>(m, "Model")
+      .def(py::init<py::object, const py::object&, const py::object&, const std::string&>(),
+           arg("ctx"), arg("config"), arg("weights"), arg("dtype"))
+      .def_property_readonly("dtype",
+                             [](const PyModel& self) { return name_of(self.model().dtype()); })
+      .def_property_readonly("vocab_size",
+                             [](const PyModel& self) { return self.model().config().vocab_size; })
+      .def("step", &PyModel::step, arg("kv"), arg("sampler"), arg("batch"), arg("request_slot"))
+      .def("forward", &PyModel::forward, arg("kv"), arg("batch"), arg("rows") = py::none())
+      .def("score", &PyModel::score, arg("kv"), arg("batch"), arg("rows"), arg("targets"),
+           arg("top_n") = 0);
+}
+
+}  // namespace pyengine::bindings

@@ -1,0 +1,104 @@
+// pyengine._C: the only C++ that knows Python. Documented in pyengine/_C/__init__.pyi.
+#include "bindings/bindings.h"
+#include "core/cpu_count.h"
+#include "core/errors.h"
+
+namespace pyengine::bindings {
+
+BufferView::BufferView(py::handle object, const char* name) {
+  if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0) {
+    PyErr_Clear();
+    throw py::type_error(std::string(name) + " must be a C-contiguous buffer, not " +
+                         std::string(py::str(py::type::handle_of(object))));
+  }
+}
+
+BufferView::~BufferView() { PyBuffer_Release(&view_); }
+
+BufferView::BufferView(BufferView&& other) noexcept : view_(other.view_) {
+  other.view_ = Py_buffer{};  // releasing an empty one does nothing
+}
+
+Int32View::Int32View(py::handle object, const char* name) : BufferView(object, name) {
+  const char* format = raw().format != nullptr ? raw().format : "B";
+  if (*format == '@' || *format == '=' || *format == '<') ++format;
+  bool is_signed = (*format == 'i' || *format == 'l' || *format == 'q') && format[1] == '\0';
+  if (!is_signed || raw().itemsize != sizeof(int32_t)) {
+    throw py::type_error(std::string(name) + " must hold int32, not items of format '" +
+                         (raw().format != nullptr ? raw().format : "B") + "'");
+  }
+}
+
+DType dtype_from(const std::string& name) {
+  for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw ConfigError("dtype is '" + name + "', but must be float32, bfloat16 or float16");
+}
+
+ops::Activation activation_from(const std::string& name) {
+  if (name == "none") return ops::Activation::none;
+  if (name == "gelu_tanh") return ops::Activation::gelu_tanh;
+  if (name == "gelu_erf") return ops::Activation::gelu_erf;
+  if (name == "relu") return ops::Activation::relu;
+  if (name == "silu") return ops::Activation::silu;
+  throw ConfigError("config: activation is '" + name +
+                    "', but must be gelu_tanh, gelu_erf, relu or silu");
+}
+
+namespace {
+
+// The Python classes of the same names, looked up only when there is an error to raise.
+void raise_python(const char* name, const std::exception& e) {
+  py::object type = py::module_::import("pyengine.errors").attr(name);
+  PyErr_SetString(type.ptr(), e.what());
+}
+
+void translate(std::exception_ptr error) {
+  if (!error) return;
+  try {
+    std::rethrow_exception(error);
+  } catch (const CheckpointError& e) {
+    raise_python("CheckpointError", e);
+  } catch (const ConfigError& e) {
+    raise_python("ConfigError", e);
+  } catch (const RequestError& e) {
+    raise_python("RequestError", e);
+  } catch (const OutOfMemory& e) {
+    raise_python("OutOfMemory", e);
+  } catch (const InternalError& e) {
+    raise_python("InternalError", e);
+  } catch (const PyEngineError& e) {
+    raise_python("PyEngineError", e);
+  } catch (const std::bad_alloc& e) {
+    raise_python("OutOfMemory", e);
+  }
+}
+
+}  // namespace
+
+}  // namespace pyengine::bindings
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyengine;            // NOLINT
+  using namespace pyengine::bindings;  // NOLINT
+  py::options options;
+  options.disable_function_signatures();
+  m.doc() = "Kernels, model, KV cache and sampler of pyengine; documented in the stubs beside it.";
+  m.attr("BLOCK_TOKENS") = kBlockTokens;
+  py::register_local_exception_translator(translate);
+  m.def("available_isas", [] { return cpu::available_isas(); });
+  m.def("default_num_threads", [] { return usable_cpus(); });
+  py::class_<PyExecContext>(m, "ExecContext")
+      .def(py::init([](int num_threads, const std::optional<std::string>& isa) {
+             return std::make_unique<PyExecContext>(num_threads, isa ? isa->c_str() : nullptr);
+           }),
+           py::arg("num_threads") = 0, py::arg("isa") = py::none())
+      .def_property_readonly("num_threads",
+                             [](const PyExecContext& c) { return c.pool.num_threads(); })
+      .def_property_readonly("isa", [](const PyExecContext& c) { return c.kernels.isa; });
+  bind_kv(m);
+  bind_model(m);
+  py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");
+  bind_ops(ops);
+}

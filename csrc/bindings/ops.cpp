@@ -1,0 +1,275 @@
+// pyengine._C.ops: NumPy in, NumPy out; bfloat16 and float16 travel as uint16.
+#include "ops/ops.h"
+
+#include <pybind11/numpy.h>
+
+#include <cstring>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "core/errors.h"
+
+namespace pyengine::bindings {
+
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style>;
+using OptionalFloats = std::optional<FloatArray>;
+
+void require(bool ok, const std::string& what) {
+  if (!ok) throw RequestError("ops: " + what);
+}
+
+// A float32 or uint16 (bfloat16) array of `ndim` dimensions.
+struct Operand {
+  Operand(const py::array& a, const char* name, py::ssize_t ndim) : array(a) {
+    bool is_f32 = py::isinstance<py::array_t<float>>(a);
+    require(is_f32 || py::isinstance<py::array_t<uint16_t>>(a),
+            std::string(name) + " must be float32, or bfloat16 as uint16");
+    require(a.ndim() == ndim, std::string(name) + " must have " + std::to_string(ndim) + " axes");
+    require((a.flags() & py::array::c_style) != 0, std::string(name) + " must be C-contiguous");
+    dtype = is_f32 ? DType::f32 : DType::bf16;
+  }
+  const void* data() const { return array.data(); }
+  int64_t shape(int axis) const { return array.shape(axis); }
+
+  py::array array;
+  DType dtype = DType::f32;
+};
+
+py::array empty(const std::vector<py::ssize_t>& shape, DType dtype) {
+  if (dtype == DType::f32) return py::array_t<float>(shape);
+  return py::array_t<uint16_t>(shape);
+}
+
+ops::Weight weight_from(const Operand& w, const std::string& layout) {
+  require(layout == "in_out" || layout == "out_in", "layout must be in_out or out_in");
+  const bool in_out = layout == "in_out";
+  return {w.data(), w.dtype, in_out ? ops::WeightLayout::in_out : ops::WeightLayout::out_in,
+          w.shape(in_out ? 0 : 1), w.shape(in_out ? 1 : 0)};
+}
+
+const float* bias_from(const OptionalFloats& bias, int64_t n) {
+  if (!bias) return nullptr;
+  require(bias->size() == n, "bias must have " + std::to_string(n) + " elements");
+  return bias->data();
+}
+
+void require_dense(const Operand& x, const ops::Weight& w) {
+  require(x.dtype == w.dtype, "x and w must have one dtype");
+  require(x.shape(1) == w.in_features, "x has " + std::to_string(x.shape(1)) +
+                                           " columns, but w takes " +
+                                           std::to_string(w.in_features));
+}
+
+// Runs `f` without the GIL, alone on the context.
+template <class F>
+void compute(PyExecContext& ctx, F&& f) {
+  py::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(ctx.mutex);
+  f(ctx.context);
+}
+
+KVLayerView layer_of(const PyKVCache& kv, int32_t layer) {
+  require(layer >= 0 && layer < kv.cache.n_layer(), "the cache has no such layer");
+  return kv.cache.layer(layer);
+}
+
+void require_batch(const Batch& batch, const PyKVCache& kv, int64_t tokens, int64_t channels) {
+  const KVLayout& layout = kv.cache.layout();
+  require(tokens == batch.num_tokens(), "one row per token of the batch is needed");
+  require(channels == int64_t{layout.n_head} * layout.head_dim,
+          "the channels must be n_head * head_dim of the cache");
+  std::vector<uint8_t> marks;
+  batch.require_blocks(kv.cache.num_blocks(), marks);
+}
+
+py::array embed(PyExecContext& ctx, const Batch& batch, const py::array& wte,
+                const py::array& wpe) {
+  Operand tokens(wte, "wte", 2), positions(wpe, "wpe", 2);
+  require(tokens.dtype == positions.dtype && tokens.shape(1) == positions.shape(1),
+          "wte and wpe must have one dtype and one number of channels");
+  batch.require_tokens(static_cast<int32_t>(tokens.shape(0)),
+                       static_cast<int32_t>(positions.shape(0)));
+  py::array x = empty({batch.num_tokens(), tokens.shape(1)}, DType::f32);
+  auto* out = static_cast<float*>(x.mutable_data());
+  compute(ctx, [&](ExecContext& c) {
+    ops::embed(c, batch.view(), tokens.data(), positions.data(), tokens.dtype, tokens.shape(1),
+               out);
+  });
+  return x;
+}
+
+py::array layer_norm(PyExecContext& ctx, const FloatArray& x, const FloatArray& gain,
+                     const FloatArray& bias, float eps, const py::object& rows,
+                     const std::string& out_dtype) {
+  require(x.ndim() == 2, "x must have 2 axes");
+  const int64_t channels = x.shape(1);
+  require(gain.size() == channels && bias.size() == channels, "gain and bias must fit x");
+  std::vector<int32_t> chosen;
+  if (!rows.is_none()) chosen = Int32View(rows, "rows").copy();
+  for (int32_t row : chosen) require(row >= 0 && row < x.shape(0), "a row does not exist");
+  const int64_t num_rows = rows.is_none() ? x.shape(0) : static_cast<int64_t>(chosen.size());
+  const DType dtype = dtype_from(out_dtype);
+  py::array out = empty({num_rows, channels}, dtype);
+  void* data = out.mutable_data();
+  compute(ctx, [&](ExecContext& c) {
+    ops::layer_norm(c, x.data(), rows.is_none() ? nullptr : chosen.data(), num_rows, channels,
+                    gain.data(), bias.data(), eps, data, dtype);
+  });
+  return out;
+}
+
+py::array linear(PyExecContext& ctx, const py::array& x, const py::array& w,
+                 const OptionalFloats& bias, const std::string& activation,
+                 const std::string& layout, const std::string& out_dtype) {
+  Operand input(x, "x", 2), matrix(w, "w", 2);
+  const ops::Weight weight = weight_from(matrix, layout);
+  require_dense(input, weight);
+  const float* b = bias_from(bias, weight.out_features);
+  const ops::Activation act = activation_from(activation);
+  const DType dtype = dtype_from(out_dtype);
+  py::array out = empty({input.shape(0), weight.out_features}, dtype);
+  void* data = out.mutable_data();
+  compute(ctx, [&](ExecContext& c) {
+    ops::linear(c, input.data(), input.shape(0), weight, b, act, data, dtype);
+  });
+  return out;
+}
+
+py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::array& w,
+                          const OptionalFloats& bias, const FloatArray& residual,
+                          const std::string& layout) {
+  Operand input(x, "x", 2), matrix(w, "w", 2);
+  const ops::Weight weight = weight_from(matrix, layout);
+  require_dense(input, weight);
+  require(residual.ndim() == 2 && residual.shape(0) == input.shape(0) &&
+              residual.shape(1) == weight.out_features,
+          "residual must be (R, N)");
+  const float* b = bias_from(bias, weight.out_features);
+  py::array out = empty({residual.shape(0), residual.shape(1)}, DType::f32);
+  auto* data = static_cast<float*>(out.mutable_data());
+  std::memcpy(data, residual.data(), residual.nbytes());
+  compute(ctx, [&](ExecContext& c) {
+    ops::linear_residual(c, input.data(), input.shape(0), weight, b, data);
+  });
+  return out;
+}
+
+py::array qkv(PyExecContext& ctx, const py::array& x, const py::array& w, const FloatArray& bias,
+              const Batch& batch, PyKVCache& kv, int32_t layer) {
+  Operand input(x, "x", 2), matrix(w, "w", 2);
+  const ops::Weight weight = weight_from(matrix, "in_out");
+  require_dense(input, weight);
+  require_batch(batch, kv, input.shape(0), input.shape(1));
+  require(weight.out_features == 3 * input.shape(1), "w must be (C, 3C)");
+  const float* b = bias_from(bias, weight.out_features);
+  const KVLayerView view = layer_of(kv, layer);
+  py::array q = empty({input.shape(0), input.shape(1)}, DType::f32);
+  auto* data = static_cast<float*>(q.mutable_data());
+  compute(ctx, [&](ExecContext& c) {
+    std::lock_guard<std::mutex> lock(kv.mutex);
+    ops::qkv(c, input.data(), weight, b, batch.view(), data, view);
+  });
+  return q;
+}
+
+py::array attention(PyExecContext& ctx, const FloatArray& q, const Batch& batch, PyKVCache& kv,
+                    int32_t layer, float scale, const std::string& out_dtype) {
+  require(q.ndim() == 2, "q must have 2 axes");
+  require_batch(batch, kv, q.shape(0), q.shape(1));
+  const KVLayerView view = layer_of(kv, layer);
+  const DType dtype = dtype_from(out_dtype);
+  py::array out = empty({q.shape(0), q.shape(1)}, dtype);
+  void* data = out.mutable_data();
+  compute(ctx, [&](ExecContext& c) {
+    std::lock_guard<std::mutex> lock(kv.mutex);
+    ops::attention(c, q.data(), batch.view(), view, scale, data, dtype);
+  });
+  return out;
+}
+
+py::tuple score_rows(PyExecContext& ctx, const py::array& x, const py::array& head,
+                     py::handle targets, int32_t top_n) {
+  Operand input(x, "x", 2), matrix(head, "head", 2);
+  const ops::Weight weight = weight_from(matrix, "out_in");
+  require_dense(input, weight);
+  Int32View target_view(targets, "targets");
+  const py::ssize_t rows = input.shape(0);
+  require(target_view.size() == rows, "one target per row is needed");
+  for (int32_t t : target_view) {
+    require(t >= 0 && t < weight.out_features, "a target is outside the vocabulary");
+  }
+  require(top_n >= 0 && top_n <= 64 && top_n <= weight.out_features, "top_n must lie in 0 to 64");
+  py::array_t<float> logprobs(rows), top_logprobs({rows, py::ssize_t{top_n}});
+  py::array_t<int32_t> top_ids({rows, py::ssize_t{top_n}});
+  float* out = logprobs.mutable_data();
+  int32_t* ids_out = top_ids.mutable_data();
+  float* top_out = top_logprobs.mutable_data();
+  compute(ctx, [&](ExecContext& c) {
+    ops::score_rows(c, input.data(), rows, weight, target_view.begin(), top_n, out, ids_out,
+                    top_out);
+  });
+  return py::make_tuple(logprobs, top_ids, top_logprobs);
+}
+
+void copy_blocks(PyExecContext& ctx, PyKVCache& kv, int32_t layer, py::handle pairs) {
+  Int32View view(pairs, "pairs");
+  require(view.size() % 2 == 0, "pairs must hold sources and destinations");
+  for (int32_t block : view) {
+    require(block >= 0 && block < kv.cache.num_blocks(), "a block does not exist");
+  }
+  const KVLayerView cache = layer_of(kv, layer);
+  compute(ctx, [&](ExecContext& c) {
+    std::lock_guard<std::mutex> lock(kv.mutex);
+    ops::copy_blocks(c, cache, view.begin(), view.size() / 2);
+  });
+}
+
+py::array convert(PyExecContext& ctx, const py::array& src, const std::string& src_dtype,
+                  const std::string& dst_dtype) {
+  Operand input(src, "src", src.ndim());
+  const DType from = dtype_from(src_dtype), to = dtype_from(dst_dtype);
+  require((from == DType::f32) == (input.dtype == DType::f32),
+          "src is float32 where src_dtype says so, else uint16");
+  py::array out = empty({src.shape(), src.shape() + src.ndim()}, to);
+  void* data = out.mutable_data();
+  const int64_t n = src.size();
+  compute(ctx, [&](ExecContext& c) { ops::convert(c, input.data(), from, data, to, n); });
+  return out;
+}
+
+py::array read_block(PyKVCache& kv, int32_t layer, int32_t block) {
+  const KVLayerView view = layer_of(kv, layer);
+  require(block >= 0 && block < view.num_blocks, "the cache has no such block");
+  py::array out = empty({view.layout.block_elements()}, view.layout.dtype);
+  std::lock_guard<std::mutex> lock(kv.mutex);
+  std::memcpy(out.mutable_data(),
+              static_cast<const std::byte*>(view.data) + view.layout.block_bytes() * block,
+              view.layout.block_bytes());
+  return out;
+}
+
+}  // namespace
+
+void bind_ops(py::module_& m) {
+  using py::arg;
+  m.def("embed", &embed, arg("ctx"), arg("batch"), arg("wte"), arg("wpe"));
+  m.def("layer_norm", &layer_norm, arg("ctx"), arg("x"), arg("gain"), arg("bias"),
+        arg("eps") = 1e-5f, arg("rows") = py::none(), arg("out_dtype") = "float32");
+  m.def("linear", &linear, arg("ctx"), arg("x"), arg("w"), arg("bias") = py::none(),
+        arg("activation") = "none", arg("layout") = "in_out", arg("out_dtype") = "float32");
+  m.def("linear_residual", &linear_residual, arg("ctx"), arg("x"), arg("w"), arg("bias"),
+        arg("residual"), arg("layout") = "in_out");
+  m.def("qkv", &qkv, arg("ctx"), arg("x"), arg("w"), arg("bias"), arg("batch"), arg("kv"),
+        arg("layer"));
+  m.def("attention", &attention, arg("ctx"), arg("q"), arg("batch"), arg("kv"), arg("layer"),
+        arg("scale"), arg("out_dtype") = "float32");
+  m.def("score_rows", &score_rows, arg("ctx"), arg("x"), arg("head"), arg("targets"),
+        arg("top_n") = 0);
+  m.def("copy_blocks", &copy_blocks, arg("ctx"), arg("kv"), arg("layer"), arg("pairs"));
+  m.def("convert", &convert, arg("ctx"), arg("src"), arg("src_dtype"), arg("dst_dtype"));
+  m.def("read_block", &read_block, arg("kv"), arg("layer"), arg("block"));
+}
+
+}  // namespace pyengine::bindings
