@@ -1,0 +1,303 @@
+"""``pyengine-cli generate``: continue prompts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyengine.cli import _options, _text
+
+if TYPE_CHECKING:
+    from pyengine.decoding.params import SamplingParams
+    from pyengine.outputs import CompletionOutput, Logprob, RequestOutput
+
+Prompt = str | list[int] | None  # None: from BOS
+
+_EPILOG = """\b
+Examples:
+  pyengine-cli generate "Once upon a time"
+  pyengine-cli generate --model ./gpt2 --temperature 0 --max-length 100 "Hello, my dog is cute"
+  pyengine-cli generate --temperature 0.7 --top-k 50 --seed 1 --n 3 "The old house"
+  echo "It was a dark and stormy night" | pyengine-cli generate - > story.txt
+  pyengine-cli generate --file prompts.txt --json > results.jsonl
+  pyengine-cli generate --ids --json 15496,11,616,3290
+
+\b
+Standard output: the new text (with --echo after the prompt); for several texts a line ==> NUMBER: PROMPT <==
+before each; with --json a line for each continuation, with the fields prompt_index, index, prompt,
+prompt_token_ids, text, token_ids, finish_reason ("stop", "length"; "abort" after Ctrl-C), stop_reason, seed,
+logprobs (if asked for) and metrics (seconds and token counts of the prompt).
+Standard error: a summary, and a progress bar for several prompts on a terminal.
+
+\b
+--file takes one prompt per line, blank lines skipped. Files ending in .jsonl or .ndjson, and standard input
+that begins with {, hold one JSON object per line with a "prompt": a string or a list of token ids.
+Defaults that are the checkpoint's come from its generation_config.json.
+"""
+
+
+@click.command(context_settings=_options.CONTEXT_SETTINGS, epilog=_EPILOG)
+@click.argument("prompts", nargs=-1, metavar="[PROMPTS]...")
+@click.option(
+    "--file", "-f", metavar="PATH", help="More prompts, one per line or JSON lines; - is standard input."
+)
+@click.option(
+    "--max-tokens", type=int, metavar="N", help="New tokens at most.  [default: the checkpoint's, else 128]"
+)
+@click.option("--max-length", type=int, metavar="N", help="Tokens at most, those of the prompt included.")
+@click.option(
+    "--temperature",
+    type=float,
+    metavar="T",
+    help="0: always the likeliest token; higher: more surprising.  [default: the checkpoint's, else 1]",
+)
+@click.option(
+    "--top-k",
+    type=int,
+    metavar="K",
+    help="Sample among the K likeliest tokens; 0: all.  [default: the checkpoint's]",
+)
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="P",
+    help="Sample among the likeliest tokens that reach probability P together.  [default: the checkpoint's]",
+)
+@click.option(
+    "--seed", type=int, metavar="N", help="The same seed, the same text.  [default: a fresh one, in --json]"
+)
+@click.option("--n", type=int, default=1, metavar="N", help="Continuations of each prompt.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."
+)
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option(
+    "--logprobs", type=int, metavar="N", help="With --json: log-probabilities of each token and the N best."
+)
+@click.option(
+    "--ids", is_flag=True, help="PROMPTS are token ids, e.g. 15496,11 (for models without a tokenizer)."
+)
+@click.option("--echo", is_flag=True, help="Print the prompt in front of its continuation.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Print as it is generated, or when complete.  [default: stream one continuation without --json]",
+)
+@_options.engine
+@_options.json_lines
+@_options.quiet
+def command(
+    prompts: tuple[str, ...],
+    file: str | None,
+    ids: bool,
+    echo: bool,
+    stream: bool | None,
+    as_json: bool,
+    quiet: bool,
+    stop: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Continue each of PROMPTS; - is all of standard input, and without a prompt the model starts by itself.
+
+    Sampling follows the options, else the checkpoint's generation_config.json, else temperature 1.
+    """
+    sampling = {name: options.pop(name) for name in _SAMPLING}
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json: plain text has no place for numbers.")
+    if sampling["max_tokens"] is not None and sampling["max_length"] is not None:
+        raise click.UsageError(
+            "--max-tokens counts new tokens, --max-length all of them: give one of the two."
+        )
+    listed: list[Prompt] = list(_text.collect_prompts(prompts, file, ids)) or [None]
+    single = len(listed) == 1 and sampling["n"] == 1
+    if stream and (as_json or not single):
+        raise click.UsageError(
+            "--stream prints one continuation as it grows: not with --json, --n or more prompts."
+        )
+
+    from pyengine.decoding.params import SamplingParams
+
+    params = SamplingParams(stop=stop, **sampling)
+    _text.prepare_output()
+    start = time.perf_counter()
+    llm = _options.open_llm(**options)
+    summary = _Summary(loaded=time.perf_counter() - start)
+    try:
+        if single and not as_json and stream is not False:
+            _stream(llm, listed[0], params, echo, summary)
+        else:
+            _generate(
+                llm, listed, params, _Printer(len(listed) * params.n > 1, as_json, echo), summary, quiet
+            )
+    except KeyboardInterrupt:
+        summary.interrupted = True
+        raise
+    finally:
+        if not quiet and summary.new_tokens:
+            _text.note(summary.line())
+
+
+_SAMPLING = (
+    "max_tokens",
+    "max_length",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "n",
+    "ignore_eos",
+    "logprobs",
+)
+
+
+class _Summary:
+    """What the line on standard error says. The clock starts when the model is loaded."""
+
+    def __init__(self, loaded: float) -> None:
+        self.loaded = loaded  # seconds
+        self.start = time.perf_counter()
+        self.first_token: float | None = None  # seconds after the start
+        self.prompt_tokens: int | None = None  # None: not known yet
+        self.new_tokens = 0
+        self.interrupted = False
+
+    def line(self) -> str:
+        seconds = time.perf_counter() - self.start
+        prompt = "" if self.prompt_tokens is None else f"{self.prompt_tokens} prompt + "
+        first = "" if self.first_token is None else f"first token {self.first_token * 1e3:.1f} ms, "
+        return (
+            f"{'interrupted: ' if self.interrupted else ''}"
+            f"{prompt}{self.new_tokens} new tokens, {first}"
+            f"{self.new_tokens / seconds:.1f} tokens/s in {seconds:.2f} s (loading {self.loaded:.2f} s)"
+        )
+
+
+def _stream(llm: Any, prompt: Prompt, params: SamplingParams, echo: bool, summary: _Summary) -> None:
+    """One continuation, printed as it grows."""
+    if echo and isinstance(prompt, str):
+        click.echo(prompt, nl=False)
+    output: RequestOutput | None = None
+    try:
+        for delta in llm.stream(prompt, params):
+            if summary.first_token is None:
+                summary.first_token = time.perf_counter() - summary.start
+            summary.new_tokens += len(delta.token_ids)
+            if delta.text:
+                click.echo(delta.text, nl=False)
+            output = delta.output
+    finally:
+        click.echo()
+    if output is not None:
+        summary.prompt_tokens = output.metrics.prompt_tokens
+        if llm.tokenizer is None:
+            click.echo(_ids_line(output.outputs[0].token_ids))
+
+
+def _generate(
+    llm: Any, prompts: list[Prompt], params: SamplingParams, printer: _Printer, summary: _Summary, quiet: bool
+) -> None:
+    """Every continuation, printed when it and those before it are complete."""
+
+    def on_output(index: int, output: RequestOutput) -> None:
+        summary.prompt_tokens = (summary.prompt_tokens or 0) + output.metrics.prompt_tokens
+        summary.new_tokens += output.metrics.new_tokens
+        if output.metrics.ttft is not None and summary.first_token is None:
+            summary.first_token = output.metrics.ttft
+        if output.finished or output.metrics.new_tokens:
+            printer.print(index, output, llm.tokenizer is not None)
+
+    with _progress(len(prompts), quiet) as progress:
+        llm.generate(prompts, params, progress=progress or False, on_output=on_output)
+
+
+class _Printer:
+    """Results on standard output: one text, several texts apart by headings, or JSON lines."""
+
+    def __init__(self, several: bool, as_json: bool, echo: bool) -> None:
+        self.several, self.as_json, self.echo = several, as_json, echo
+
+    def print(self, index: int, output: RequestOutput, has_tokenizer: bool) -> None:
+        for sample in output.outputs:
+            if self.as_json:
+                _text.print_json(_json_row(index, output, sample))
+                continue
+            if self.several:
+                detail = f".{sample.index + 1}" if len(output.outputs) > 1 else ""
+                prompt = output.prompt_token_ids if output.prompt is None else output.prompt
+                click.echo(_text.heading(index + 1, prompt, detail))
+            prefix = output.prompt if self.echo and output.prompt is not None else ""
+            click.echo(prefix + (sample.text if has_tokenizer else _ids_line(sample.token_ids)))
+
+
+def _ids_line(token_ids: list[int]) -> str:
+    return ",".join(map(str, token_ids))
+
+
+def _json_row(prompt_index: int, output: RequestOutput, sample: CompletionOutput) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "prompt_index": prompt_index,
+        "index": sample.index,
+        "prompt": output.prompt,
+        "prompt_token_ids": output.prompt_token_ids,
+        "text": sample.text,
+        "token_ids": sample.token_ids,
+        "finish_reason": sample.finish_reason,
+        "stop_reason": sample.stop_reason,
+        "seed": sample.seed,
+        "metrics": vars(output.metrics),
+    }
+    if sample.logprobs is not None:
+        row["cumulative_logprob"] = sample.cumulative_logprob
+        row["logprobs"] = [
+            _json_logprobs(chosen, entry)
+            for chosen, entry in zip(sample.token_ids, sample.logprobs, strict=True)
+        ]
+    return row
+
+
+def _json_logprobs(chosen: int, entry: dict[int, Logprob]) -> dict[str, Any]:
+    """``entry``: the chosen token and the n best; a chosen one that is not among the n best has no rank."""
+    top = [
+        {"token_id": token, "token": value.decoded_token, "logprob": value.logprob}
+        for token, value in entry.items()
+        if value.rank is not None
+    ]
+    return {
+        "token_id": chosen,
+        "token": entry[chosen].decoded_token,
+        "logprob": entry[chosen].logprob,
+        "top": top,
+    }
+
+
+@contextmanager
+def _progress(prompts: int, quiet: bool) -> Iterator[Callable[[int, int, int], None] | None]:
+    """A progress bar, if there is something to wait for and a person to see it."""
+    if quiet or prompts == 1 or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("prompts  {task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    start = time.perf_counter()
+    # Results printed meanwhile must reach standard output as they are, not the bar's console.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task("", total=prompts, rate="")
+
+        def advance(finished: int, _total: int, new_tokens: int) -> None:
+            rate = f"{new_tokens / (time.perf_counter() - start):.0f} tokens/s"
+            bar.update(task, completed=finished, rate=rate)
+
+        yield advance
