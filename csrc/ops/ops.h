@@ -12,7 +12,8 @@
 //                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
 //                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
 //                  back ends without FMA round the product first; a short last block ends early)
-//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from tile to tile
+//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from tile to
+//   tile
 #pragma once
 
 #include <cstdint>
@@ -20,24 +21,9 @@
 #include "core/dtype.h"
 #include "kv/layout.h"
 #include "ops/exec_context.h"
+#include "ops/types.h"
 
 namespace pyengine::ops {
-
-constexpr int kReductionBlock = 256;  // k's of one chain; as accurate as PyTorch's blocked sums
-constexpr int kKeyTile = 64;          // keys of one attention tile: 4 KV blocks
-
-enum class Activation : uint8_t {
-  none,
-  gelu_tanh,  // gelu_new, gelu_pytorch_tanh, gelu_fast: 0.5x(1 + tanh(sqrt(2/pi)(x + 0.044715x^3)))
-  gelu_erf,   // gelu: 0.5x(1 + erf(x / sqrt 2))
-  relu,
-  silu,
-};
-
-enum class WeightLayout : uint8_t {
-  in_out,  // (K, N), N contiguous: Conv1D as Hugging Face stores it
-  out_in,  // (N, K), K contiguous: the output head, tied to the token embedding or not
-};
 
 struct Weight {
   const void* data = nullptr;
@@ -47,8 +33,8 @@ struct Weight {
   int64_t out_features = 0;  // N
 };
 
-// One step's tokens: sequence b owns tokens [query_start[b], query_start[b + 1]), which are the last
-// ones of the context_len[b] tokens it has in the cache once this step has written them.
+// One step's tokens: sequence b owns tokens [query_start[b], query_start[b + 1]), which are the
+// last ones of the context_len[b] tokens it has in the cache once this step has written them.
 struct RaggedBatch {
   const int32_t* token_ids = nullptr;    // (T,)
   const int32_t* positions = nullptr;    // (T,) absolute position of each token
@@ -87,14 +73,15 @@ void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const We
 void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
          const RaggedBatch& batch, float* q, const KVLayerView& cache);
 
-// out[t, h] = softmax(scale * q[t, h] . keys[h]) values[h] over the tokens at positions <= positions[t]
-// of t's sequence, keys and values as stored in the cache (so after qkv of the same layer).
+// out[t, h] = softmax(scale * q[t, h] . keys[h]) values[h] over the tokens at positions <=
+// positions[t] of t's sequence, keys and values as stored in the cache (so after qkv of the same
+// layer).
 //   q (T, C) f32; out (T, C) of out_dtype
 void attention(ExecContext& ctx, const float* q, const RaggedBatch& batch, const KVLayerView& cache,
                float scale, void* out, DType out_dtype);
 
-// Log-probability of one target per row and the top_n best tokens of the row, without a (R, V) matrix:
-// the head is tiled over V and the log-sum-exp carried from tile to tile in order.
+// Log-probability of one target per row and the top_n best tokens of the row, without a (R, V)
+// matrix: the head is tiled over V and the log-sum-exp carried from tile to tile in order.
 //   x (R, C) act; targets (R,) in [0, V); logprobs (R,); top_ids, top_logprobs (R, top_n), best
 //   first, ties by lower id; top_n 0..64
 void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& head,
@@ -105,6 +92,7 @@ void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight&
 void copy_blocks(ExecContext& ctx, const KVLayerView& cache, const int32_t* pairs, int64_t n);
 
 // Element-wise conversion between any two of f32, bf16 (round to nearest even) and f16.
-void convert(ExecContext& ctx, const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
+void convert(ExecContext& ctx, const void* src, DType src_dtype, void* dst, DType dst_dtype,
+             int64_t n);
 
 }  // namespace pyengine::ops

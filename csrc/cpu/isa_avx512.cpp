@@ -1,0 +1,15 @@
+// Every kernel for the instruction set "avx512".
+#define PYENGINE_ISA avx512
+#define PYENGINE_ISA_NAME "avx512"
+
+#include "cpu/isa_tables.h"
+#include "cpu/vec_avx512.h"
+// The kernels, in order of use.
+#include "cpu/math.inl"
+// clang-format off
+#include "cpu/dense.inl"
+#include "cpu/dense_f32.inl"
+#include "cpu/dense_bf16.inl"
+#include "cpu/attention.inl"
+#include "cpu/elementwise.inl"
+// clang-format on

@@ -1,0 +1,24 @@
+// The tables that the per-instruction-set files define (isa_*.cpp).
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace pyengine::cpu {
+
+namespace baseline {
+const Kernels& kernels();
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& kernels();
+}
+namespace avx512 {
+const Kernels& kernels();
+}
+namespace avx512_bf16 {
+const DenseKernels& dense_bf16();
+}
+#endif
+
+}  // namespace pyengine::cpu

@@ -1,0 +1,98 @@
+// One table of functions per instruction set, and the plain structs they take. Included by files
+// that are compiled for one instruction set, so nothing here may emit code of its own.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "ops/types.h"
+
+namespace pyengine::cpu {
+
+// Columns of one work item of a dense layer at most; a multiple of every back end's panel width.
+constexpr int64_t kMaxItemColumns = 384;
+
+// What happens to x w + bias (after the activation).
+enum class Store : uint8_t {
+  f32,       // out[r][n] = y
+  bf16,      // out[r][n] = y
+  residual,  // out[r][n] += y, f32
+  qkv,       // columns [0, C) to out[r][n] f32, [C, 2C) to keys and [2C, 3C) to values of the cache
+};
+
+// out = store(activation(x w + bias)); see ops.h for the order of the sums.
+struct DenseJob {
+  const void* x = nullptr;  // (R, K) f32, or what DenseKernels::prepare made of bf16 rows
+  int64_t x_stride = 0;     // 32-bit words from row to row of x
+  const void* w = nullptr;
+  ops::WeightLayout layout = ops::WeightLayout::in_out;
+  int64_t in_features = 0;      // K
+  int64_t out_features = 0;     // N
+  const float* bias = nullptr;  // (N,) or null
+  ops::Activation activation = ops::Activation::none;
+  Store store = Store::f32;
+  void* out = nullptr;
+  int64_t out_stride = 0;  // elements from row to row of out
+  int64_t out_row0 = 0;    // row and column of out[0]
+  int64_t out_col0 = 0;
+  // Store::qkv only (csrc/kv/layout.h):
+  const int64_t* kv_slot = nullptr;  // (R,) physical block * 16 + slot within the block
+  void* kv = nullptr;
+  bool kv_bf16 = false;
+  int64_t kv_block_elements = 0;
+  int64_t kv_key_elements = 0;
+  int64_t head_dim = 0, head_dim_k = 0, head_dim_v = 0;
+};
+
+struct DenseKernels {
+  // 32-bit words that one prepared row of K inputs takes; 0: x is read as it lies.
+  int64_t (*prepared_words)(int64_t in_features);
+  // Rows of x (`in_features` elements each) to `prepared_words` words each.
+  void (*prepare)(const void* x, int64_t rows, int64_t in_features, void* out);
+  // Scratch floats that `run` needs for an item of that many rows and columns.
+  int64_t (*scratch_floats)(int64_t rows, int64_t cols);
+  // Rows [row0, row1), columns [col0, col1): at most kMaxItemColumns columns.
+  void (*run)(const DenseJob& job, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+              float* scratch);
+  int64_t panel_columns;  // items that start at multiples of this waste no lanes
+};
+
+struct AttentionJob {
+  const float* q = nullptr;            // (T, C)
+  const int32_t* positions = nullptr;  // (T,)
+  const void* kv = nullptr;
+  bool kv_bf16 = false;
+  int64_t kv_block_elements = 0;
+  int64_t kv_key_elements = 0;
+  int64_t channels = 0;  // C
+  int64_t head_dim = 0, head_dim_k = 0, head_dim_v = 0;
+  float scale = 1.0f;
+  void* out = nullptr;  // (T, C)
+  bool out_bf16 = false;
+};
+
+struct Kernels {
+  const char* isa = nullptr;
+  DenseKernels dense_f32;
+  DenseKernels dense_bf16;
+
+  // Rows [token0, token0 + num_rows) of one sequence, whose positions rise by one; num_rows is at
+  // most attention_rows. block_table is the sequence's.
+  void (*attention)(const AttentionJob& job, const int32_t* block_table, int64_t head,
+                    int64_t token0, int num_rows);
+  int attention_rows;
+
+  // One row of n channels; out f32 or bf16.
+  void (*layer_norm)(const float* x, int64_t n, const float* gain, const float* bias, float eps,
+                     void* out, bool out_bf16);
+  // out[i] = a[i] + b[i] in f32, a and b of the named dtype.
+  void (*add_rows)(const void* a, const void* b, DType dtype, int64_t n, float* out);
+  void (*convert)(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
+
+  // max x[i] and sum exp(x[i] - max), in a fixed order.
+  void (*max_sum_exp)(const float* x, int64_t n, float* max, float* sum);
+  // Indices i with x[i] >= threshold, rising; returns how many. `indices` holds n.
+  int64_t (*select_at_least)(const float* x, int64_t n, float threshold, int32_t* indices);
+};
+
+}  // namespace pyengine::cpu

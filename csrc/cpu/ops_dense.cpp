@@ -1,0 +1,142 @@
+// linear, linear_residual and qkv of ops.h.
+#include <algorithm>
+
+#include "core/errors.h"
+#include "cpu/dense_items.h"
+
+namespace pyengine::cpu {
+namespace {
+
+constexpr int64_t kMaxItemRows = 512;  // their sums stay in a 2 MB L2 beside the packed weights
+constexpr int64_t kPrepareRows = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+void run_items(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels) {
+  const DenseItems items =
+      cut_dense(kernels, rows, job.out_features, kMaxItemRows, ctx.pool.num_threads());
+  const int64_t size = round_up(kernels.scratch_floats(items.rows, items.cols), 16);
+  float* scratch = ctx.arena.take<float>(size * ctx.pool.num_threads());
+  ctx.pool.parallel_for(items.count(), [&](int64_t i, int worker) {
+    kernels.run(job, items.row0(i), items.row1(i), items.col0(i), items.col1(i),
+                scratch + worker * size);
+  });
+}
+
+}  // namespace
+
+int64_t DenseItems::row1(int64_t item) const { return std::min(row0(item) + rows, total_rows); }
+int64_t DenseItems::col1(int64_t item) const { return std::min(col0(item) + cols, total_cols); }
+
+DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, int64_t max_rows,
+                     int threads) {
+  DenseItems items;
+  items.total_rows = rows;
+  items.total_cols = cols;
+  // One row is bound by memory: runs as long as possible, and one equal share for each thread. Many
+  // rows are bound by arithmetic: several items each, so that no thread waits long for the last.
+  const int64_t unit = rows == 1 ? 32 : kernels.panel_columns;
+  const int64_t wanted =
+      rows == 1 ? round_up(ceil_div(cols, kMaxItemColumns), threads) : 3 * threads;
+  const int64_t widest = rows <= 64 ? kMaxItemColumns : kMaxItemColumns / 2;
+  items.cols = std::min(round_up(ceil_div(cols, wanted), unit), widest);
+  items.col_items = ceil_div(cols, items.cols);
+  // Rows are cut further when columns alone do not occupy the threads; each part packs for itself.
+  int64_t parts = ceil_div(rows, max_rows);
+  if (items.col_items < 2 * threads) {
+    parts = std::max(parts, std::min(ceil_div(2 * threads, items.col_items), rows / 64));
+  }
+  items.rows = std::min(round_up(ceil_div(rows, std::max<int64_t>(parts, 1)), 8), rows);
+  items.row_items = ceil_div(rows, items.rows);
+  return items;
+}
+
+const DenseKernels& dense_kernels(const Kernels& kernels, DType dtype) {
+  if (dtype == DType::f32) return kernels.dense_f32;
+  if (dtype == DType::bf16) return kernels.dense_bf16;
+  throw InternalError(std::string("dense layers take float32 or bfloat16 weights, not ") +
+                      name_of(dtype));
+}
+
+DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops::Weight& w,
+                       const float* bias) {
+  const DenseKernels& kernels = dense_kernels(ctx.kernels, w.dtype);
+  const int64_t row_bytes = w.in_features * static_cast<int64_t>(size_of(w.dtype));
+  DenseJob job;
+  job.x = x;
+  job.x_stride = row_bytes / 4;
+  job.w = w.data;
+  job.layout = w.layout;
+  job.in_features = w.in_features;
+  job.out_features = w.out_features;
+  job.bias = bias;
+  const int64_t words = kernels.prepared_words(w.in_features);
+  if (words > 0) {
+    float* prepared = ctx.arena.take<float>(rows * words);
+    ctx.pool.parallel_for(ceil_div(rows, kPrepareRows), [&](int64_t i, int) {
+      const int64_t row = i * kPrepareRows;
+      kernels.prepare(static_cast<const char*>(x) + row * row_bytes,
+                      std::min(kPrepareRows, rows - row), w.in_features, prepared + row * words);
+    });
+    job.x = prepared;
+    job.x_stride = words;
+  }
+  return job;
+}
+
+}  // namespace pyengine::cpu
+
+namespace pyengine::ops {
+
+void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
+            Activation activation, void* out, DType out_dtype) {
+  if (num_rows == 0) return;
+  ArenaScope scope(ctx.arena);
+  cpu::DenseJob job = cpu::prepare_dense(ctx, x, num_rows, w, bias);
+  job.activation = activation;
+  job.store = out_dtype == DType::bf16 ? cpu::Store::bf16 : cpu::Store::f32;
+  job.out = out;
+  job.out_stride = w.out_features;
+  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype));
+}
+
+void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w,
+                     const float* bias, float* residual) {
+  if (num_rows == 0) return;
+  ArenaScope scope(ctx.arena);
+  cpu::DenseJob job = cpu::prepare_dense(ctx, x, num_rows, w, bias);
+  job.store = cpu::Store::residual;
+  job.out = residual;
+  job.out_stride = w.out_features;
+  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype));
+}
+
+void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
+         const RaggedBatch& batch, float* q, const KVLayerView& cache) {
+  if (batch.num_tokens == 0) return;
+  ArenaScope scope(ctx.arena);
+  int64_t* slots = ctx.arena.take<int64_t>(batch.num_tokens);
+  for (int32_t b = 0; b < batch.num_seqs; ++b) {
+    const int32_t* table = batch.block_table + static_cast<int64_t>(b) * batch.max_blocks;
+    for (int32_t t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) {
+      const int32_t p = batch.positions[t];
+      slots[t] = static_cast<int64_t>(table[p / kBlockTokens]) * kBlockTokens + p % kBlockTokens;
+    }
+  }
+  cpu::DenseJob job = cpu::prepare_dense(ctx, x, batch.num_tokens, w, bias);
+  job.store = cpu::Store::qkv;
+  job.out = q;
+  job.out_stride = w.out_features / 3;
+  job.kv_slot = slots;
+  job.kv = cache.data;
+  job.kv_bf16 = cache.layout.dtype == DType::bf16;
+  job.kv_block_elements = cache.layout.block_elements();
+  job.kv_key_elements = cache.layout.key_elements();
+  job.head_dim = cache.layout.head_dim;
+  job.head_dim_k = cache.layout.head_dim_k();
+  job.head_dim_v = cache.layout.head_dim_v();
+  cpu::run_items(ctx, job, batch.num_tokens, cpu::dense_kernels(ctx.kernels, w.dtype));
+}
+
+}  // namespace pyengine::ops
