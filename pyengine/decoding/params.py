@@ -108,8 +108,10 @@ class SamplingParams:
                 )
         if not isinstance(self.stop_token_ids, (list, tuple, type(None))):
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids")
-        for token in self.stop_token_ids or ():
-            _check_int("stop_token_ids", token, 0, 2**31 - 1)
+        if any(not _is_int(token, 0, 2**31 - 1) for token in self.stop_token_ids or ()):
+            raise RequestError(
+                f"stop_token_ids={self.stop_token_ids!r}: every entry must be an integer from 0 to {2**31 - 1}"
+            )
         if self.n > 1 and self.temperature == 0:
             raise RequestError(
                 f"n={self.n} with temperature=0: greedy decoding gives {self.n} times the same text; "
@@ -197,7 +199,7 @@ class GenerationDefaults:
         if prompt_tokens >= max_model_len:
             raise RequestError(
                 f"the prompt has {prompt_tokens} tokens, and the context holds {max_model_len}, prompt and "
-                f"new tokens together: shorten it, or set truncate_prompt_tokens to {max_model_len - 1} or less"
+                f"new tokens together: shorten it, or set truncate_prompt_tokens to {max_model_len - 1}"
             )
         temperature = self.temperature if params.temperature is None else float(params.temperature)
         if params.n > 1 and temperature == 0:
@@ -236,8 +238,12 @@ class GenerationDefaults:
         return prompt_tokens + DEFAULT_MAX_TOKENS
 
 
+def _is_int(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
 def _check_int(field: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if not _is_int(value, low, high):
         raise RequestError(f"{field}={value!r}: must be an integer from {low} to {high}")
 
 

@@ -54,8 +54,8 @@ class Engine:
         if needed > self.core.manager.num_blocks:
             new = request.params.max_length - len(request.prompt_ids)
             raise RequestError(
-                f"the prompt's {len(request.prompt_ids)} tokens and up to {new} new ones need {needed} blocks "
-                f"of {BLOCK_TOKENS} tokens, and the whole KV cache has {self.core.manager.num_blocks}: "
+                f"the prompt's {len(request.prompt_ids)} tokens and up to {new} new ones need {needed} "
+                f"blocks of {BLOCK_TOKENS} tokens, and the whole KV cache has {self.core.manager.num_blocks}: "
                 "lower max_tokens, or give the LLM a larger kv_cache_memory"
             )
 

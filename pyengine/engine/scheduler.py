@@ -72,7 +72,7 @@ class Scheduler:
             scheduled.append((seq, count))
             budget -= count
             position += 1
-        if len(self.waiting) > num_waiting:
+        if scheduled and len(self.waiting) > num_waiting:
             return scheduled  # blocks ran out: admit nobody
         position = 0
         while budget and self._free_slots and position < len(self.waiting):

@@ -32,9 +32,13 @@ class Window:
         return len(self.token_ids) - 1
 
     @property
-    def context_key(self) -> bytes:
-        """The full blocks that another window could have computed: up to the row of the first target."""
-        return self.token_ids[: (self.first - 1) // BLOCK_TOKENS * BLOCK_TOKENS].tobytes()
+    def num_shared(self) -> int:
+        """Tokens in full blocks that another window may have computed: up to the row of the first target."""
+        return (self.first - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+
+    @property
+    def context(self) -> bytes:
+        return self.token_ids[: self.num_shared].tobytes()
 
 
 def window_spans(num_tokens: int, first: int, size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -63,11 +67,12 @@ def score_windows(engine: Engine, windows: Sequence[Window], top_n: int = 0) -> 
         while pending or active:
             _admit(engine, pending, active)
             _score_batch(engine, active, top_n)
-            for window in [w for w in active if w.num_computed == w.num_inputs]:
+            for window in list(active):
                 full = window.num_computed // BLOCK_TOKENS
                 engine.core.manager.publish(window.token_ids[: full * BLOCK_TOKENS], window.blocks[:full])
-                active.remove(window)
-                _release(engine, window)
+                if window.num_computed == window.num_inputs:
+                    active.remove(window)
+                    _release(engine, window)
     finally:
         for window in active:
             _release(engine, window)
@@ -81,13 +86,13 @@ def _release(engine: Engine, window: Window) -> None:
 def _admit(engine: Engine, pending: list[Window], active: list[Window]) -> None:
     """Move windows from ``pending`` to ``active`` while there are blocks and one batch can hold them."""
     manager = engine.core.manager
-    being_computed = {window.context_key for window in active}
+    being_computed = {window.context for window in active if window.num_computed < window.num_shared}
     num_tokens = sum(window.num_inputs - window.num_computed for window in active)
     position = 0
     while position < len(pending) and num_tokens < engine.max_num_batched_tokens:
         window = pending[position]
-        key = window.context_key
-        if engine.core.prefix_caching and key and key in being_computed:
+        context = window.context
+        if engine.core.prefix_caching and context in being_computed:
             position += 1
             continue
         window.blocks = manager.match(window.token_ids[: window.first])
@@ -96,16 +101,16 @@ def _admit(engine: Engine, pending: list[Window], active: list[Window]) -> None:
             _release(engine, window)
             if not active:
                 raise OutOfMemory(
-                    f"scoring {len(window.token_ids)} tokens needs {missing} blocks of {BLOCK_TOKENS} tokens, "
-                    f"and {manager.num_available} are available: give the LLM a larger kv_cache_memory"
+                    f"scoring {len(window.token_ids)} tokens needs {missing} blocks of {BLOCK_TOKENS} "
+                    f"tokens, and {manager.num_available} are available: give the LLM a larger kv_cache_memory"
                 )
             return
         window.num_computed = len(window.blocks) * BLOCK_TOKENS
         window.blocks.extend(manager.allocate(missing))
         active.append(pending.pop(position))
         num_tokens += window.num_inputs - window.num_computed
-        if len(window.blocks) * BLOCK_TOKENS > window.num_computed:
-            being_computed.add(key)
+        if window.num_computed < window.num_shared:
+            being_computed.add(context)
 
 
 def _score_batch(engine: Engine, active: list[Window], top_n: int) -> None:

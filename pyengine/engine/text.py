@@ -71,7 +71,8 @@ class TextStream:
         hits = [(at, s) for s in self._stop if (at := self.text.find(s, start)) >= 0]
         if not hits:
             return None
-        at, stop = min(hits, key=lambda hit: hit[0])  # the earliest; the first listed of those that tie
+        # The one that is complete first, the longest of those that are: as if it came by single characters.
+        at, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
         self.text = self.text[:at]
         self._finished = True
         return stop

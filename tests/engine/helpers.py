@@ -1,0 +1,86 @@
+"""Requests for the fake core, and a tokenizer small enough to read."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from pyengine.decoding.params import ResolvedParams
+from pyengine.engine.engine import Engine
+from pyengine.engine.request import Request
+
+from .fake_core import fake_core
+
+MAX_MODEL_LEN = 120
+
+
+def engine(
+    num_blocks: int = 64, *, budget: int = 64, max_num_seqs: int = 8, prefix_caching: bool = True
+) -> Engine:
+    core = fake_core(num_blocks, prefix_caching=prefix_caching)
+    return Engine(core, max_model_len=MAX_MODEL_LEN, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+
+
+def params(
+    prompt: Sequence[int],
+    max_tokens: int = 10,
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    stop_ids: frozenset[int] = frozenset(),
+    logprobs: int = -1,
+) -> ResolvedParams:
+    return ResolvedParams(
+        n=n,
+        max_length=min(len(prompt) + max_tokens, MAX_MODEL_LEN),
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        seed=seed,
+        stop=stop,
+        stop_ids=stop_ids,
+        logprobs=logprobs,
+        skip_special_tokens=True,
+    )
+
+
+class Letters:
+    """Token i is the i-th of the letters a, b, c, ..., A, B, ..."""
+
+    def detokenizer(self, prompt_ids: Sequence[int], skip_special_tokens: bool) -> Letters:
+        return self
+
+    def append(self, ids: Sequence[int]) -> str:
+        return "".join(map(self.decode_token, ids))
+
+    def finish(self) -> str:
+        return ""
+
+    def decode_token(self, token_id: int) -> str:
+        return chr(ord("a") + token_id) if token_id < 26 else chr(ord("A") + token_id - 26)
+
+
+def request(
+    number: int,
+    prompt: Sequence[int],
+    resolved: ResolvedParams,
+    *,
+    stream: bool = False,
+    codec: Letters | None = None,
+) -> Request:
+    return Request(str(number), number, None, array("i", prompt), resolved, codec, stream)
+
+
+def run(engine: Engine, *requests: Request) -> list[list[list[int]]]:
+    """New tokens of each sequence of each request."""
+    for one in requests:
+        engine.add(one)
+    while engine.requests:
+        engine.step()
+    return [tokens_of(one) for one in requests]
+
+
+def tokens_of(request: Request) -> list[list[int]]:
+    return [completion.token_ids for completion in request.output().outputs]

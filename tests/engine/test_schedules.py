@@ -1,0 +1,200 @@
+"""Whatever the company, the chunks, the cache and the aborts: a request's tokens are those it gets alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyengine.engine.engine import Engine
+from pyengine.engine.request import Request
+
+from .helpers import engine, params, request, run, tokens_of
+
+
+@dataclass(frozen=True)
+class Arrival:
+    prompt: tuple[int, ...]
+    max_tokens: int
+    n: int
+    logprobs: int
+    seed: int
+    stop_id: int
+    step: int  # when it arrives
+    abort_after: int | None  # steps after its arrival
+
+    def request(self, number: int) -> Request:
+        resolved = params(
+            self.prompt,
+            self.max_tokens,
+            n=self.n,
+            seed=self.seed,
+            logprobs=self.logprobs,
+            stop_ids=frozenset((self.stop_id,)),
+        )
+        return request(number, self.prompt, resolved)
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> tuple[int, ...]:
+    """Prompts that often begin alike."""
+    common = draw(st.sampled_from([0, 0, 5, 16, 17, 32, 40]))
+    own = draw(st.lists(st.integers(0, 2), min_size=1, max_size=40))
+    return (*([7] * common), *own)
+
+
+arrivals = st.lists(
+    st.builds(
+        Arrival,
+        prompt=prompts(),
+        max_tokens=st.integers(1, 40),
+        n=st.sampled_from([1, 1, 1, 2, 3, 5]),
+        logprobs=st.sampled_from([-1, 0, 2]),
+        seed=st.integers(0, 3),
+        stop_id=st.integers(0, 49),
+        step=st.integers(0, 20),
+        abort_after=st.none() | st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def play(one: Engine, trace: list[Arrival]) -> list[Request]:
+    """Run a trace; the manager's books and the lists of the scheduler are checked after each step."""
+    requests = [arrival.request(number) for number, arrival in enumerate(trace)]
+    manager, scheduler = one.core.manager, one.scheduler
+    pending = sorted(range(len(trace)), key=lambda number: trace[number].step)
+    step = 0
+    while pending or one.requests:
+        while pending and trace[pending[0]].step <= step:
+            one.add(requests[pending.pop(0)])
+        for number, arrival in enumerate(trace):
+            if arrival.abort_after is not None and step == arrival.step + arrival.abort_after:
+                one.abort(str(number))
+        ran = one.step()
+        assert ran <= one.max_num_batched_tokens
+        manager.check_invariants()  # type: ignore[attr-defined]
+        held = {block for seq in scheduler.running for block in seq.blocks}
+        assert len(held) == manager.num_in_use  # type: ignore[attr-defined]
+        keys = [seq.key for seq in scheduler.running]
+        assert keys == sorted(keys) and len(set(keys)) == len(keys)
+        slots = [seq.slot for seq in scheduler.running]
+        assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
+        assert all(not seq.blocks and seq.slot < 0 for seq in scheduler.waiting)
+        step += 1
+        assert step < 5000, "the trace does not end"
+    assert not scheduler.running and not scheduler.waiting
+    assert manager.num_in_use == 0  # type: ignore[attr-defined]
+    return requests
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    trace=arrivals,
+    num_blocks=st.integers(8, 40),
+    budget=st.sampled_from([1, 3, 7, 16, 33, 200]),
+    max_num_seqs=st.integers(1, 8),
+    prefix_caching=st.booleans(),
+)
+def test_tokens_equal_those_alone(
+    trace: list[Arrival], num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool
+) -> None:
+    crowded = engine(num_blocks, budget=budget, max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
+    requests = play(crowded, trace)
+    for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
+        assert one.finished
+        alone = arrival.request(number)
+        run(engine(64, budget=1000, max_num_seqs=8), alone)
+        for got, expected in zip(one.output().outputs, alone.output().outputs, strict=True):
+            if got.finish_reason == "abort":
+                assert arrival.abort_after is not None
+                assert got.token_ids == expected.token_ids[: len(got.token_ids)]
+            else:
+                assert got == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(trace=arrivals)
+def test_a_cache_of_one_longest_request_is_enough(trace: list[Arrival]) -> None:
+    longest = max(len(arrival.prompt) + arrival.max_tokens - 1 for arrival in trace)
+    requests = play(engine((min(longest, 119) + 15) // 16, budget=32), trace)
+    assert all(one.finished for one in requests)
+
+
+def test_preemption_happens_and_changes_nothing() -> None:
+    prompts = [[number] * 20 for number in range(4)]
+    alone = [run(engine(), request(0, prompt, params(prompt, 40)))[0] for prompt in prompts]
+    small = engine(9)
+    requests = [request(number, prompt, params(prompt, 40)) for number, prompt in enumerate(prompts)]
+    assert run(small, *requests) == alone
+    assert sum(one.preemptions for one in requests) > 0
+    assert requests[0].preemptions == 0, "the oldest is never preempted"
+    ends = [one.end or 0.0 for one in requests]
+    assert ends == sorted(ends)
+
+
+@pytest.mark.parametrize("budget", [1, 5, 16, 64])
+def test_long_prompt_runs_in_chunks_beside_decoding(budget: int) -> None:
+    one = engine(budget=budget)
+    first, second = request(0, [1, 2], params([1, 2], 60)), request(1, [3] * 50, params([3] * 50, 2))
+    one.add(first)
+    one.step()
+    one.step()
+    one.add(second)
+    while one.requests:
+        one.step()
+    assert max(tokens for tokens, _ in one.core.model.batches) <= budget
+    if budget > 1:  # both in one step
+        assert (min(budget, 51), 2) in one.core.model.batches
+    assert tokens_of(second) == run(engine(), request(0, [3] * 50, params([3] * 50, 2)))[0]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 18, 32, 33, 40])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_samples_share_the_prompt(length: int, prefix_caching: bool) -> None:
+    one = engine(prefix_caching=prefix_caching)
+    prompt = list(range(length))
+    many = request(0, prompt, params(prompt, 20, n=4))
+    one.add(many)
+    one.step()
+    assert one.core.model.tokens_run == length
+    one.step()
+    # The prompt's last token runs again in each of the other samples, to draw from its row.
+    assert one.core.model.tokens_run == length + 1 + 3
+    shared = (length - 1) // 16
+    assert one.core.manager.num_in_use == shared + 4 * ((length + 16) // 16 - shared) - (  # type: ignore[attr-defined]
+        3 if length % 16 == 0 else 0  # their first new token has not been drawn when the blocks are taken
+    )
+    while one.requests:
+        one.step()
+    samples = tokens_of(many)
+    assert len({tuple(tokens) for tokens in samples}) == 4
+    seq_alone = run(engine(), request(0, prompt, params(prompt, 20)))[0]
+    assert samples[0] == seq_alone[0]
+
+
+def test_more_samples_than_slots() -> None:
+    prompt = list(range(20))
+    expected = run(engine(max_num_seqs=16), request(0, prompt, params(prompt, 20, n=12)))
+    assert run(engine(max_num_seqs=3), request(0, prompt, params(prompt, 20, n=12))) == expected
+
+
+def test_prefix_is_computed_once() -> None:
+    one = engine()
+    prompt = list(range(40))
+    first, second = request(0, prompt, params(prompt, 1)), request(1, prompt, params(prompt, 1))
+    assert run(one, first)[0] == run(one, second)[0]
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
+    assert one.core.model.tokens_run == 40 + 8
+
+
+def test_generated_tokens_are_a_prefix_for_the_next_turn() -> None:
+    one = engine()
+    (answer,) = run(one, request(0, [1] * 20, params([1] * 20, 30)))[0]
+    turn = [1] * 20 + answer + [2]
+    second = request(1, turn, params(turn, 5))
+    run(one, second)
+    assert second.cached_tokens == 48
