@@ -9,10 +9,11 @@ Errors are the classes of ``pyengine.errors``.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typing_extensions import Buffer
-
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Buffer
+
+from . import ops as ops
 
 BLOCK_TOKENS: int
 """Tokens of one KV block (16)."""
@@ -37,8 +38,8 @@ class BlockManager:
     """Host-side bookkeeping of KV blocks: reference counts, copy-on-write, prefix index with LRU eviction.
 
     A block is free, in use (reference count > 0) or cached (count 0, still in the prefix index,
-    evicted in LRU order when blocks run out). Full blocks are indexed by the chained hash of all
-    tokens up to their end; a hit is confirmed by comparing the tokens themselves.
+    evicted in LRU order when blocks run out). Full blocks are indexed by what precedes them and by their
+    tokens, compared in full: a collision of hashes cannot yield another text's keys and values.
     """
 
     def __init__(self, num_blocks: int, enable_prefix_caching: bool = True) -> None: ...
@@ -59,7 +60,10 @@ class BlockManager:
     def fork(self, blocks: Sequence[int]) -> None:
         """One more reference to each block."""
     def free(self, blocks: Sequence[int]) -> None:
-        """One reference less to each block; last blocks of a sequence are evicted before its first."""
+        """One reference less to each block; last blocks of a sequence are evicted before its first.
+
+        ``InternalError`` for a block that nobody holds.
+        """
     def make_writable(self, block: int) -> int:
         """``block`` itself if its only reference is the caller's and it is not indexed; else a new
         block, for which the caller's reference is exchanged and whose content the caller must copy
@@ -72,7 +76,7 @@ class BlockManager:
         """Raise ``InternalError`` with what is wrong if the books do not balance. For tests."""
 
 class KVCache:
-    """Storage of keys and values, (n_layer, num_blocks) blocks of 16 tokens; pages are touched on first use."""
+    """Storage of keys and values, (n_layer, num_blocks) blocks of 16 tokens; pages count once touched."""
 
     def __init__(self, n_layer: int, n_head: int, head_dim: int, num_blocks: int, dtype: str) -> None: ...
     @property
@@ -120,7 +124,11 @@ class Sampler:
     def sample(
         self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: Buffer, positions: Buffer
     ) -> StepResult:
-        """Sample one token per row of logits (R, V); for tests and custom processors."""
+        """Sample one token per row of logits (R, V); for tests and custom processors.
+
+        ``slots`` (R,) int32; ``positions`` (R,) int32: the position each new token will have, which selects
+        the random number. ``InternalError`` names the slot whose logits are NaN or infinite.
+        """
 
 class StepResult:
     """Result of one step, in the order of the sequences that sampled (request_slot >= 0)."""
@@ -163,6 +171,5 @@ class Model:
     def score(
         self, kv: KVCache, batch: Batch, rows: Buffer, targets: Buffer, top_n: int = 0
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Log-probability (R,) of ``targets`` after ``rows``, and the top_n ids and log-probabilities (R, top_n)."""
-
-from . import ops as ops  # noqa: E402
+        """Log-probability (R,) of ``targets`` after ``rows``; ids and log-probabilities (R, top_n) of the
+        top_n (0 to 64) best tokens."""

@@ -1,0 +1,96 @@
+"""Every operation of ``csrc/ops/ops.h``, singly: NumPy arrays in, new NumPy arrays out. For tests and study.
+
+Letters: T tokens, C channels, K and N input and output features, V vocabulary, R rows. Arrays are
+C-contiguous, float32 or bfloat16 as uint16 (``x`` and the weights of one call alike); gains, biases, q and
+the residual are float32. ``out_dtype`` is "float32" or "bfloat16". ``RequestError`` if shapes do not fit.
+"""
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from . import Batch, ExecContext, KVCache
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+FloatsOrBfloat16: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+
+def embed(ctx: ExecContext, batch: Batch, wte: FloatsOrBfloat16, wpe: FloatsOrBfloat16) -> Floats:
+    """``wte[token_ids] + wpe[positions]`` (T, C); wte (V, C), wpe (n_positions, C)."""
+
+def layer_norm(
+    ctx: ExecContext,
+    x: Floats,
+    gain: Floats,
+    bias: Floats,
+    eps: float = 1e-5,
+    rows: Buffer | None = None,
+    out_dtype: str = "float32",
+) -> npt.NDArray[Any]:
+    """Layer norm (R, C) of the rows ``rows`` (int32) of x, or of all."""
+
+def linear(
+    ctx: ExecContext,
+    x: FloatsOrBfloat16,
+    w: FloatsOrBfloat16,
+    bias: Floats | None = None,
+    activation: str = "none",
+    layout: str = "in_out",
+    out_dtype: str = "float32",
+) -> npt.NDArray[Any]:
+    """``activation(x w + bias)`` (R, N); x (R, K), w (K, N) or, with layout "out_in", (N, K).
+
+    Activations: "none", "gelu_tanh", "gelu_erf", "relu", "silu".
+    """
+
+def linear_residual(
+    ctx: ExecContext,
+    x: FloatsOrBfloat16,
+    w: FloatsOrBfloat16,
+    bias: Floats | None,
+    residual: Floats,
+    layout: str = "in_out",
+) -> Floats:
+    """``residual + x w + bias`` (R, N); the residual given is left as it is."""
+
+def qkv(
+    ctx: ExecContext,
+    x: FloatsOrBfloat16,
+    w: FloatsOrBfloat16,
+    bias: Floats,
+    batch: Batch,
+    kv: KVCache,
+    layer: int,
+) -> Floats:
+    """q (T, C) of ``x w + bias``, w (C, 3C); keys and values go to the cache."""
+
+def attention(
+    ctx: ExecContext,
+    q: Floats,
+    batch: Batch,
+    kv: KVCache,
+    layer: int,
+    scale: float,
+    out_dtype: str = "float32",
+) -> npt.NDArray[Any]:
+    """Causal attention (T, C) of q over the keys and values in the cache."""
+
+def score_rows(
+    ctx: ExecContext,
+    x: FloatsOrBfloat16,
+    head: FloatsOrBfloat16,
+    targets: Buffer,
+    top_n: int = 0,
+) -> tuple[Floats, npt.NDArray[np.int32], Floats]:
+    """Log-probabilities (R,) of ``targets`` (int32), and the top_n (0 to 64) ids and log-probabilities
+    (R, top_n), best first; head (V, C)."""
+
+def copy_blocks(ctx: ExecContext, kv: KVCache, layer: int, pairs: Buffer) -> None:
+    """Copy blocks of one layer; pairs (2n,) int32: source, destination, source, ..."""
+
+def convert(ctx: ExecContext, src: npt.NDArray[Any], src_dtype: str, dst_dtype: str) -> npt.NDArray[Any]:
+    """Element-wise conversion between "float32", "bfloat16" and "float16" (the last two as uint16)."""
+
+def read_block(kv: KVCache, layer: int, block: int) -> npt.NDArray[Any]:
+    """The elements of one block as they are stored (csrc/kv/layout.h): float32 or uint16."""
