@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import sys
 import threading
@@ -12,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams
+from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, params_of_each
 from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BLOCK_TOKENS
 from pyengine.engine.scoring import score_windows
@@ -20,7 +19,7 @@ from pyengine.errors import InternalError, RequestError, TokenizerError
 from pyengine.loading import check_count, load
 from pyengine.outputs import Choice, RequestOutput, ScoreOutput, StreamDelta
 from pyengine.prompts import Prompt, Prompts, as_list, is_one
-from pyengine.targets import Target, continuation_targets, text_target
+from pyengine.targets import LENGTH_NORMALIZATIONS, Target, continuation_targets, rank_choices, text_target
 
 if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
@@ -129,7 +128,7 @@ class LLM:
         many = not is_one(prompts)
         listed = as_list(prompts)
         requests = []
-        for index, (prompt, one) in enumerate(zip(listed, _params_of_each(params, len(listed)), strict=True)):
+        for index, (prompt, one) in enumerate(zip(listed, params_of_each(params, len(listed)), strict=True)):
             try:
                 requests.append(self._request(prompt, one))
             except (RequestError, TokenizerError) as error:
@@ -162,7 +161,7 @@ class LLM:
         if not is_one(prompt):
             raise RequestError("stream continues one prompt; give a list of prompts to generate")
         (one,) = as_list(prompt)
-        return self._deltas(self._request(one, _params_of_each(params, 1)[0], request_id, stream=True))
+        return self._deltas(self._request(one, params_of_each(params, 1)[0], request_id, stream=True))
 
     def abort(self, request_id: str) -> None:
         """End a running request: what it has so far is its output ("abort"). Unknown ids are left alone."""
@@ -239,7 +238,7 @@ class LLM:
         ``probability`` is the softmax over the choices' log-probabilities; with ``length_normalization``
         "tokens" or "characters", over their means per token or character, by which they are then ranked.
         """
-        if length_normalization not in (None, "tokens", "characters"):
+        if length_normalization not in LENGTH_NORMALIZATIONS:
             raise RequestError(
                 f'length_normalization={length_normalization!r}: must be None, "tokens" or "characters"'
             )
@@ -247,23 +246,7 @@ class LLM:
             raise RequestError(f"choices={choices!r}: must be a list of one choice or more")
         targets = continuation_targets(self._codec, text, as_list(cast(Prompts, list(choices))), add_bos)
         scores = self._score(targets, None, 0)
-        values = []
-        for score in scores:
-            lengths = {None: 1, "tokens": score.num_scored, "characters": score.num_characters}
-            values.append(score.total_logprob / (lengths[length_normalization] or 1))
-        best = max(values)
-        weights = [math.exp(value - best) for value in values]
-        ranked = sorted(range(len(scores)), key=lambda index: (-values[index], index))
-        return [
-            Choice(
-                text=scores[index].text,
-                index=index,
-                logprob=scores[index].total_logprob,
-                probability=weights[index] / math.fsum(weights),
-                score=scores[index],
-            )
-            for index in ranked
-        ]
+        return rank_choices(scores, length_normalization)
 
     def _request(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, stream: bool = False
@@ -380,19 +363,6 @@ class LLM:
             target.output(self._codec, group, top_n > 0)
             for target, group in zip(targets, windows, strict=True)
         ]
-
-
-def _params_of_each(params: Any, count: int) -> list[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
-    listed = [params] * count if isinstance(params, SamplingParams) else params
-    if not isinstance(listed, (list, tuple)) or any(not isinstance(one, SamplingParams) for one in listed):
-        raise RequestError(f"params must be SamplingParams or a list of them, not {type(params).__name__}")
-    if len(listed) != count:
-        raise RequestError(
-            f"{len(listed)} sampling parameters for {count} prompts: give one for all, or one for each"
-        )
-    return list(listed)
 
 
 def _raise_failure(request: Request) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from pyengine.errors import RequestError
 
 Prompt: TypeAlias = "str | list[int] | None"
-Prompts: TypeAlias = "Prompt | list[str] | list[list[int]] | list[Prompt]"
+Prompts: TypeAlias = "Prompt | Sequence[str | list[int] | None]"
 
 
 def is_one(prompts: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from dataclasses import dataclass
 from pyengine.codec import Codec
 from pyengine.engine.scoring import Window, window_spans
 from pyengine.errors import RequestError
-from pyengine.outputs import Logprob, ScoreOutput
+from pyengine.outputs import Choice, Logprob, ScoreOutput
 from pyengine.prompts import Prompt
+
+LENGTH_NORMALIZATIONS = (None, "tokens", "characters")
 
 
 @dataclass
@@ -107,6 +110,21 @@ def continuation_targets(
             start += 1
         targets.append(Target(_text_of(codec, continuation, ids[start:]), ids, start, characters))
     return targets
+
+
+def rank_choices(scores: Sequence[ScoreOutput], length_normalization: str | None) -> list[Choice]:
+    """The likeliest first; ties in the order given."""
+    values = []
+    for score in scores:
+        lengths = {None: 1, "tokens": score.num_scored, "characters": score.num_characters}
+        values.append(score.total_logprob / (lengths[length_normalization] or 1))
+    best = max(values)
+    weights = [math.exp(value - best) for value in values]
+    total = math.fsum(weights)
+    return [
+        Choice(scores[index].text, index, scores[index].total_logprob, weights[index] / total, scores[index])
+        for index in sorted(range(len(scores)), key=lambda index: -values[index])
+    ]
 
 
 def _bos(codec: Codec) -> int:

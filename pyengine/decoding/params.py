@@ -110,7 +110,7 @@ class SamplingParams:
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids")
         if any(not _is_int(token, 0, 2**31 - 1) for token in self.stop_token_ids or ()):
             raise RequestError(
-                f"stop_token_ids={self.stop_token_ids!r}: every entry must be an integer from 0 to {2**31 - 1}"
+                f"stop_token_ids={self.stop_token_ids!r}: entries must be integers from 0 to {2**31 - 1}"
             )
         if self.n > 1 and self.temperature == 0:
             raise RequestError(
@@ -236,6 +236,20 @@ class GenerationDefaults:
         if self.max_length is not None and self.max_length > prompt_tokens:
             return self.max_length
         return prompt_tokens + DEFAULT_MAX_TOKENS
+
+
+def params_of_each(params: Any, count: int) -> list[SamplingParams]:
+    """One for each of ``count`` prompts, from one for all of them, a list, or None."""
+    if params is None:
+        params = SamplingParams()
+    listed = [params] * count if isinstance(params, SamplingParams) else params
+    if not isinstance(listed, (list, tuple)) or any(not isinstance(one, SamplingParams) for one in listed):
+        raise RequestError(f"params must be SamplingParams or a list of them, not {type(params).__name__}")
+    if len(listed) != count:
+        raise RequestError(
+            f"{len(listed)} sampling parameters for {count} prompts: give one for all, or one for each"
+        )
+    return list(listed)
 
 
 def _is_int(value: object, low: int, high: int) -> bool:

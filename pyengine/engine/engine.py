@@ -53,9 +53,10 @@ class Engine:
         needed = blocks_for(request.params.max_length - 1)
         if needed > self.core.manager.num_blocks:
             new = request.params.max_length - len(request.prompt_ids)
+            num_blocks = self.core.manager.num_blocks
             raise RequestError(
                 f"the prompt's {len(request.prompt_ids)} tokens and up to {new} new ones need {needed} "
-                f"blocks of {BLOCK_TOKENS} tokens, and the whole KV cache has {self.core.manager.num_blocks}: "
+                f"blocks of {BLOCK_TOKENS} tokens, and the whole KV cache has {num_blocks}: "
                 "lower max_tokens, or give the LLM a larger kv_cache_memory"
             )
 

@@ -102,7 +102,7 @@ def _admit(engine: Engine, pending: list[Window], active: list[Window]) -> None:
             if not active:
                 raise OutOfMemory(
                     f"scoring {len(window.token_ids)} tokens needs {missing} blocks of {BLOCK_TOKENS} "
-                    f"tokens, and {manager.num_available} are available: give the LLM a larger kv_cache_memory"
+                    f"tokens, and {manager.num_available} are available: give the LLM more kv_cache_memory"
                 )
             return
         window.num_computed = len(window.blocks) * BLOCK_TOKENS
