@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyengine.errors import TokenizerError
 from pyengine.model.json_file import read_json_object, show
@@ -50,15 +50,14 @@ _GENERIC_CLASSES = ("", "PreTrainedTokenizer")
 _MAX_EXTRA_IDS = 10_000
 
 
-@dataclass(frozen=True)
-class TokenSpec:
+class TokenSpec(NamedTuple):
     """A token outside the base vocabulary's rules: how it is found in text, and whether it is special."""
 
     content: str
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool | None = None  # None: only if it is not special
+    normalized: bool | None = None  # None where only the content is given; then, only if it is not special
     special: bool = False
 
 
@@ -79,7 +78,10 @@ class TokenizerConfig:
     def all_special(self) -> list[TokenSpec]:
         """Special tokens in transformers' order, each content once."""
         named = [self.special[name] for name in SPECIAL_TOKEN_NAMES if name in self.special]
-        return list({token.content: token for token in reversed([*named, *self.additional])}.values())[::-1]
+        first: dict[str, TokenSpec] = {}
+        for token in (*named, *self.additional):
+            first.setdefault(token.content, token)
+        return list(first.values())
 
     def flag(self, name: str, default: bool) -> bool:
         """A boolean field of ``tokenizer_config.json``."""
@@ -184,6 +186,8 @@ def _read_tokens(config: TokenizerConfig) -> None:
     if decoder is not None:
         path = config.directory / "tokenizer_config.json"
         config.added = _added_tokens(decoder, path)
+        known = {token.content: token for token in config.added.values()}
+        special = {name: known.get(token.content, token) for name, token in special.items()}
     else:
         path = config.directory / "added_tokens.json"
         names = {token.content for token in (*special.values(), *additional)}
@@ -192,9 +196,7 @@ def _read_tokens(config: TokenizerConfig) -> None:
             checked = _token_id(token_id, path, content)
             is_special = content in names
             config.added[checked] = TokenSpec(content, normalized=not is_special, special=is_special)
-
-    known = {token.content: token for token in config.added.values()}
-    config.special = {name: known.get(token.content, token) for name, token in special.items()}
+    config.special = special
     config.additional = additional
 
 
@@ -278,7 +280,7 @@ def _token(value: object, path: Path, where: str) -> TokenSpec:
                 flags[name] = flag
         token = TokenSpec(value["content"], **flags)
         if token.normalized is None:
-            token = replace(token, normalized=not token.special)
+            token = token._replace(normalized=not token.special)
     else:
         raise TokenizerError(
             f"{path}: {where} must be a string or an object with 'content', not {show(value)}"

@@ -290,7 +290,12 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
     tokens = list(config.added.values())
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {token.content for token in tokens}
-    tokens += [token for token in specials if token.content not in known]
+    # A special token given with its flags replaces those of an added token; a plain string does not.
+    tokens += [
+        token
+        for token in specials
+        if (token.content not in known if token.normalized is None else token not in tokens)
+    ]
     if tokens:
         backend.add_tokens([_added_token(token, token.special or token.content in names) for token in tokens])
 

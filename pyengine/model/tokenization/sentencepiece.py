@@ -14,7 +14,7 @@ import sentencepiece
 
 from pyengine.errors import TokenizerError
 from pyengine.model.tokenization.config import TokenizerConfig, TokenSpec
-from pyengine.model.tokenization.decoders import TextDecoder
+from pyengine.model.tokenization.decoders import CleanUpDecoder, TextDecoder
 from pyengine.model.tokenizer import Tokenizer
 
 _SPACE = "▁"  # U+2581, how SentencePiece spells a space
@@ -54,6 +54,7 @@ class SentencePieceTokenizer(Tokenizer):
         kept += [t.content for t in self._added.values() if not t.special and t.normalized]
         self._keeps_case = re.compile(f"({'|'.join(map(re.escape, kept))})") if kept else None
         self._lower_case = config.flag("do_lower_case", False)
+        self._clean_up = config.flag("clean_up_tokenization_spaces", False)
         self._pieces: dict[str, tuple[str, str]] = {}
         # Whether spaces at the start are dropped once, or all of them (remove_extra_whitespaces).
         self.drops_all_spaces = processor.decode([_SPACE, _SPACE]) == ""
@@ -103,7 +104,8 @@ class SentencePieceTokenizer(Tokenizer):
         return parts
 
     def decoder(self, skip_special_tokens: bool = True) -> TextDecoder:
-        return SentencePieceDecoder(self, bool(skip_special_tokens))
+        decoder = SentencePieceDecoder(self, bool(skip_special_tokens))
+        return CleanUpDecoder(decoder) if self._clean_up else decoder
 
     def _piece(self, token_id: int) -> str | None:
         token = self._added.get(token_id)
@@ -295,11 +297,12 @@ def _number_added_tokens(
                 f"<extra_id_{i}>", lstrip=True, rstrip=True, normalized=False, special=True
             )
     added.update(config.added)
-    contents = {token.content for token in added.values()}
+    ids = {token.content: token_id for token_id, token in added.items()}
+    contents = set(ids)
     length = size + sum(_find(processor, content) is None for content in contents)
     for token in config.all_special:
-        if token.content and token.content not in contents:
-            token_id = _find(processor, token.content)
+        if token.content and (token.content not in contents or token.normalized is not None):
+            token_id = ids.get(token.content, _find(processor, token.content))
             if token_id is None:
                 token_id = length
                 length += 1
