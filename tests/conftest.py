@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import CONFIGS, make_checkpoint
+
+# For torch, which is imported later. OpenMP threads spin at every barrier: two test processes of two
+# threads each, on two cores, take a hundred times as long as with one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

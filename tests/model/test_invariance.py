@@ -74,7 +74,7 @@ def bits(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     return x.view(np.uint32)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), PRECISIONS, ids="-".join)
+@pytest.mark.parametrize(("dtype", "kv_dtype"), PRECISIONS, ids=[f"{w}-kv-{kv}" for w, kv in PRECISIONS])
 @pytest.mark.parametrize("name", MODELS)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schedule=schedules())
