@@ -28,7 +28,8 @@ class Codec:
         self._bos_token_id = bos_token_id
         self._tokenizer: Tokenizer | None = None
         self._error: BaseException | None = None
-        self._loader = threading.Thread(target=self._load, name="pyengine-tokenizer", daemon=True)
+        # Not a daemon: ending the interpreter in the middle of an import of compiled code aborts the process.
+        self._loader = threading.Thread(target=self._load, name="pyengine-tokenizer")
         self._loader.start()
 
     def _load(self) -> None:
