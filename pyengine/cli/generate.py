@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -179,11 +178,12 @@ class _Summary:
 
 def _stream(llm: Any, prompt: Prompt, params: SamplingParams, echo: bool, summary: _Summary) -> None:
     """One continuation, printed as it grows."""
+    deltas = llm.stream(prompt, params)
     if echo and isinstance(prompt, str):
         click.echo(prompt, nl=False)
     output: RequestOutput | None = None
     try:
-        for delta in llm.stream(prompt, params):
+        for delta in deltas:
             if summary.first_token is None:
                 summary.first_token = time.perf_counter() - summary.start
             summary.new_tokens += len(delta.token_ids)
@@ -202,6 +202,11 @@ def _generate(
     llm: Any, prompts: list[Prompt], params: SamplingParams, printer: _Printer, summary: _Summary, quiet: bool
 ) -> None:
     """Every continuation, printed when it and those before it are complete."""
+    bar = None
+    if len(prompts) > 1 and not quiet and sys.stderr.isatty():
+        from pyengine.cli._progress import ProgressBar
+
+        bar = ProgressBar(len(prompts))
 
     def on_output(index: int, output: RequestOutput) -> None:
         summary.prompt_tokens = (summary.prompt_tokens or 0) + output.metrics.prompt_tokens
@@ -209,10 +214,11 @@ def _generate(
         if output.metrics.ttft is not None and summary.first_token is None:
             summary.first_token = output.metrics.ttft
         if output.finished or output.metrics.new_tokens:
-            printer.print(index, output, llm.tokenizer is not None)
+            with bar.hidden() if bar else nullcontext():
+                printer.print(index, output, llm.tokenizer is not None)
 
-    with _progress(len(prompts), quiet) as progress:
-        llm.generate(prompts, params, progress=progress or False, on_output=on_output)
+    with bar or nullcontext():
+        llm.generate(prompts, params, progress=bar.advance if bar else False, on_output=on_output)
 
 
 class _Printer:
@@ -273,31 +279,3 @@ def _json_logprobs(chosen: int, entry: dict[int, Logprob]) -> dict[str, Any]:
         "logprob": entry[chosen].logprob,
         "top": top,
     }
-
-
-@contextmanager
-def _progress(prompts: int, quiet: bool) -> Iterator[Callable[[int, int, int], None] | None]:
-    """A progress bar, if there is something to wait for and a person to see it."""
-    if quiet or prompts == 1 or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("prompts  {task.fields[rate]}"),
-        TimeElapsedColumn(),
-    )
-    start = time.perf_counter()
-    # Results printed meanwhile must reach standard output as they are, not the bar's console.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task("", total=prompts, rate="")
-
-        def advance(finished: int, _total: int, new_tokens: int) -> None:
-            rate = f"{new_tokens / (time.perf_counter() - start):.0f} tokens/s"
-            bar.update(task, completed=finished, rate=rate)
-
-        yield advance
