@@ -149,10 +149,13 @@ static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64
 #pragma GCC unroll 3
     for (int v = 0; v < kTileVectors; ++v) acc[r][v] = zero();
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < count; ++k, panel += kPanel, ++x) {
     Vf w[kTileVectors];
 #pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v) w[v] = load(panel + v * kLanes);
+    for (int v = 0; v < kTileVectors; ++v) {
+      w[v] = load(panel + v * kLanes);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Vf xr = set1(x[r * ldx]);

@@ -9,6 +9,7 @@ namespace {
 struct Choice {
   const Kernels* kernels;
   bool supported;
+  bool by_name_only = false;
 };
 
 #if defined(__x86_64__)
@@ -32,10 +33,12 @@ std::vector<Choice> choices() {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // Both give the same bits for normal numbers; which is faster depends on the processor.
+  static const bool slow_bf16 = bf16 && !avx512_bf16::dot_is_faster_than_fma();
   return {{&baseline::kernels(), true},
           {&avx2::kernels(), avx2},
           {&avx512::kernels(), avx512},
-          {&avx512_bf16_kernels(), bf16}};
+          {&avx512_bf16_kernels(), bf16, slow_bf16}};
 }
 
 #else
@@ -64,7 +67,7 @@ const Kernels& kernels_for(const char* name) {
     bool match = !any && c.kernels->isa == std::string(name);
     known = known || match;
     if (!c.supported) continue;
-    if (any || match) best = c.kernels;
+    if (any ? !c.by_name_only : match) best = c.kernels;
     names += (names.empty() ? "" : ", ") + std::string(c.kernels->isa);
   }
   if (best == nullptr) {
