@@ -48,7 +48,7 @@ def directory() -> Path:
 def prompts(directory: Path) -> list[list[int]]:
     """Token ids of all prompts, those of one length after each other."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    result = []
+    result: list[list[int]] = []
     for length in PROMPT_LENGTHS:
         for _ in range(PROMPTS_PER_LENGTH):
             first = len(result)

@@ -5,10 +5,11 @@
 
 One command does it all: trains a byte-level BPE tokenizer, then the model (bfloat16 autocast, Muon for the
 matrices inside the blocks and AdamW for the rest), exports it every few minutes, and in the end measures
-bits per character on the held-out books. It stops when --minutes have passed; the learning rate follows
-the larger of time used and steps done, so that a slow machine ends with a finished schedule, too. A run
-that was interrupted goes on where it was (its state lies in --work); the batches and the dropout of a
-step depend on the seed and the step alone. docs/bundled-model.md tells what came out.
+bits per character on the held-out books. It stops when --minutes have passed, counted as processor
+time over threads: the wall time on an otherwise idle machine, whatever else runs on this one. The learning
+rate follows the larger of time used and steps done, so that a slow machine ends with a finished schedule,
+too. A run that was interrupted goes on where it was (its state lies in --work); the batches and the dropout
+of a step depend on the seed and the step alone. docs/bundled-model.md tells what came out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning at barriers ruins a run on a shared machine
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -182,14 +185,17 @@ def train(
     """Train until --steps or --minutes are used up; checkpoint, export and log on the way."""
     optimisers = make_optimisers(model, args)
     state_file, log_file = args.work / "state.pt", args.work / "log.jsonl"
-    step, seconds = 0, 0.0
+    step, before, started = 0, 0.0, time.process_time()
     if args.resume and state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        step, seconds = state["step"], state["seconds"]
-        print(f"resumed at step {step}, {seconds / 60:.1f} minutes", file=sys.stderr)
+        step, before = state["step"], state["seconds"]
+        print(f"resumed at step {step}, {before / 60:.1f} minutes", file=sys.stderr)
+
+    def seconds() -> float:
+        return before + (time.process_time() - started) / args.threads
 
     def save(note: dict[str, float]) -> None:
         optimiser_states = [o.state_dict() for o in optimisers]
@@ -197,19 +203,18 @@ def train(
             "model": model.state_dict(),
             "optimisers": optimiser_states,
             "step": step,
-            "seconds": seconds,
+            "seconds": seconds(),
         }
         torch.save(state, state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
-        entry = {"step": step, "tokens": step * args.batch * args.context, "minutes": seconds / 60, **note}
+        entry = {"step": step, "tokens": step * args.batch * args.context, "minutes": seconds() / 60, **note}
         with log_file.open("a", encoding="utf-8") as log:
             log.write(json.dumps({k: round(v, 4) for k, v in entry.items()}) + "\n")
         print(entry, file=sys.stderr)
 
     model.train()
-    running, saved_at = 0.0, seconds
-    while (progress := max(step / args.steps, seconds / 60 / args.minutes)) < 1.0:
-        started = time.monotonic()
+    running, saved_at = 0.0, seconds()
+    while (progress := max(step / args.steps, seconds() / 60 / args.minutes)) < 1.0:
         factor = learning_rate_factor(step, progress, args.warmup)
         for optimiser in optimisers:
             for group in optimiser.param_groups:
@@ -225,14 +230,11 @@ def train(
             optimiser.zero_grad()
         step += 1
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
-        seconds += time.monotonic() - started
-        if seconds - saved_at > 60 * args.save_minutes:
-            started = time.monotonic()
+        if seconds() - saved_at > 60 * args.save_minutes:
             loss_now = mean_loss(model, validation, args.context)
             export(model, tokenizer, args.out)
-            seconds += time.monotonic() - started
             save({"train_loss": running, "validation_loss": loss_now, "lr": args.lr * factor})
-            saved_at = seconds
+            saved_at = seconds()
     save({"train_loss": running, "validation_loss": mean_loss(model, validation, args.context)})
 
 
@@ -245,7 +247,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("runs/bundled"), help="resumable state and log.jsonl"
     )
-    parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training itself")
+    parser.add_argument(
+        "--minutes", type=float, default=45.0, help="processor time / threads of the training"
+    )
     parser.add_argument("--steps", type=int, default=6000, help="end of the schedule if time does not end it")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
     parser.add_argument("--context", type=int, default=CONFIG.n_positions, help="tokens per sequence")
