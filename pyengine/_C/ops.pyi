@@ -13,17 +13,17 @@ from typing_extensions import Buffer
 
 from . import Batch, ExecContext, KVCache
 
-Floats: TypeAlias = npt.NDArray[np.float32]
-FloatsOrBfloat16: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
+_Floats: TypeAlias = npt.NDArray[np.float32]
+_FloatsOrBfloat16: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
-def embed(ctx: ExecContext, batch: Batch, wte: FloatsOrBfloat16, wpe: FloatsOrBfloat16) -> Floats:
+def embed(ctx: ExecContext, batch: Batch, wte: _FloatsOrBfloat16, wpe: _FloatsOrBfloat16) -> _Floats:
     """``wte[token_ids] + wpe[positions]`` (T, C); wte (V, C), wpe (n_positions, C)."""
 
 def layer_norm(
     ctx: ExecContext,
-    x: Floats,
-    gain: Floats,
-    bias: Floats,
+    x: _Floats,
+    gain: _Floats,
+    bias: _Floats,
     eps: float = 1e-5,
     rows: Buffer | None = None,
     out_dtype: str = "float32",
@@ -32,9 +32,9 @@ def layer_norm(
 
 def linear(
     ctx: ExecContext,
-    x: FloatsOrBfloat16,
-    w: FloatsOrBfloat16,
-    bias: Floats | None = None,
+    x: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16,
+    bias: _Floats | None = None,
     activation: str = "none",
     layout: str = "in_out",
     out_dtype: str = "float32",
@@ -46,28 +46,28 @@ def linear(
 
 def linear_residual(
     ctx: ExecContext,
-    x: FloatsOrBfloat16,
-    w: FloatsOrBfloat16,
-    bias: Floats | None,
-    residual: Floats,
+    x: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16,
+    bias: _Floats | None,
+    residual: _Floats,
     layout: str = "in_out",
-) -> Floats:
+) -> _Floats:
     """``residual + x w + bias`` (R, N); the residual given is left as it is."""
 
 def qkv(
     ctx: ExecContext,
-    x: FloatsOrBfloat16,
-    w: FloatsOrBfloat16,
-    bias: Floats,
+    x: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16,
+    bias: _Floats,
     batch: Batch,
     kv: KVCache,
     layer: int,
-) -> Floats:
+) -> _Floats:
     """q (T, C) of ``x w + bias``, w (C, 3C); keys and values go to the cache."""
 
 def attention(
     ctx: ExecContext,
-    q: Floats,
+    q: _Floats,
     batch: Batch,
     kv: KVCache,
     layer: int,
@@ -78,11 +78,11 @@ def attention(
 
 def score_rows(
     ctx: ExecContext,
-    x: FloatsOrBfloat16,
-    head: FloatsOrBfloat16,
+    x: _FloatsOrBfloat16,
+    head: _FloatsOrBfloat16,
     targets: Buffer,
     top_n: int = 0,
-) -> tuple[Floats, npt.NDArray[np.int32], Floats]:
+) -> tuple[_Floats, npt.NDArray[np.int32], _Floats]:
     """Log-probabilities (R,) of ``targets`` (int32), and the top_n (0 to 64) ids and log-probabilities
     (R, top_n), best first; head (V, C)."""
 
