@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pyengine import CheckpointError
+from pyengine import _C, CheckpointError
 from pyengine.train.model import GPT2
 from tests.checkpoints import CONFIGS
 from tests.forward import Runner
@@ -74,6 +74,17 @@ def test_logits_equal_transformers(name: str, checkpoint: Callable[[str], Path])
     print(f"{name}: max error {error:.2e}, RMS error {ratio:.2f} x transformers'")
     assert error <= MAX_ERROR
     assert ratio <= MAX_RMS_RATIO
+
+
+@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("name", ["head_dim_20", "wide", "silu"])
+def test_every_instruction_set_is_as_accurate(name: str, isa: str, checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint(name)
+    logits = Runner(directory, "float32", isa=isa).logits(token_ids(directory))
+    theirs = transformers_logits(directory)
+    exact = float64_logits(directory)
+    assert max_error(logits, theirs) <= MAX_ERROR
+    assert rms(logits, exact) <= MAX_RMS_RATIO * rms(theirs, exact)
 
 
 @pytest.mark.parametrize(
