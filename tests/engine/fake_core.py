@@ -101,6 +101,9 @@ class FakeBlockManager:
         self._references[block] = 1
         return block
 
+    def is_private(self, block: int) -> bool:
+        return self._references[block] == 1 and block not in self._key
+
     def check_invariants(self) -> None:
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free) and not free & cached
@@ -151,9 +154,11 @@ class FakeStepResult:
 class FakeModel:
     """``fail_at``: the step that raises InternalError, counted from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: FakeBlockManager) -> None:
+        self.manager = manager
         self.steps = 0
         self.tokens_run = 0
+        self.rows_sampled = 0
         self.fail_at = 0
         self.batches: list[tuple[int, int]] = []  # tokens and sequences of each step
 
@@ -171,6 +176,7 @@ class FakeModel:
                 params = sampler.slots[slot]
                 draw = (params["seed"], params["sample_index"]) if params["temperature"] else (0, 0)
                 token = drawn(history, *draw)
+                self.rows_sampled += 1
                 result.token_ids.append(token)
                 wanted = params["logprobs"]
                 result.logprobs.append(fake_logprob(history, token) if wanted >= 0 else float("nan"))
@@ -205,6 +211,7 @@ class FakeModel:
                 block = table[position // BLOCK]
                 assert (block, position % BLOCK) not in written, "two sequences write to one place"
                 written.add((block, position % BLOCK))
+                assert self.manager.is_private(block), "a block that others may read is written"
                 kv.setdefault(block, [None] * BLOCK)[position % BLOCK] = (position, batch.token_ids[at])
 
     def _read(self, kv: dict[int, list], table: array[int], length: int) -> bytes:
@@ -234,12 +241,13 @@ def best_tokens(history: bytes, count: int) -> list[tuple[int, float]]:
     return sorted(rows, key=lambda row: -row[1])[:count]
 
 
-def fake_core(num_blocks: int, *, prefix_caching: bool = True, manager: Any = None) -> Core:
+def fake_core(num_blocks: int, *, prefix_caching: bool = True) -> Core:
+    manager = FakeBlockManager(num_blocks, prefix_caching)
     return Core(
-        model=FakeModel(),
+        model=FakeModel(manager),
         kv={},
         sampler=FakeSampler(),
-        manager=manager or FakeBlockManager(num_blocks, prefix_caching),
+        manager=manager,
         batch=FakeBatch,
         prefix_caching=prefix_caching,
     )

@@ -83,7 +83,7 @@ def play(one: Engine, trace: list[Arrival]) -> list[Request]:
         assert keys == sorted(keys) and len(set(keys)) == len(keys)
         slots = [seq.slot for seq in scheduler.running]
         assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
-        assert all(not seq.blocks and seq.slot < 0 for seq in scheduler.waiting)
+        assert not any(seq.blocks or seq.num_computed or seq.slot >= 0 for seq in scheduler.waiting)
         step += 1
         assert step < 5000, "the trace does not end"
     assert not scheduler.running and not scheduler.waiting
@@ -104,6 +104,7 @@ def test_tokens_equal_those_alone(
 ) -> None:
     crowded = engine(num_blocks, budget=budget, max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
     requests = play(crowded, trace)
+    assert crowded.core.model.rows_sampled == sum(one.output().metrics.new_tokens for one in requests)
     for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
         assert one.finished
         alone = arrival.request(number)
@@ -191,10 +192,44 @@ def test_prefix_is_computed_once() -> None:
     assert one.core.model.tokens_run == 40 + 8
 
 
-def test_generated_tokens_are_a_prefix_for_the_next_turn() -> None:
+@pytest.mark.parametrize(("new", "cached"), [(28, 32), (29, 48), (30, 48)])
+def test_generated_tokens_are_a_prefix_for_the_next_turn(new: int, cached: int) -> None:
+    """All but the last one, whose keys and values were never needed."""
     one = engine()
-    (answer,) = run(one, request(0, [1] * 20, params([1] * 20, 30)))[0]
+    (answer,) = run(one, request(0, [1] * 20, params([1] * 20, new)))[0]
     turn = [1] * 20 + answer + [2]
     second = request(1, turn, params(turn, 5))
-    run(one, second)
-    assert second.cached_tokens == 48
+    assert run(one, second) == run(engine(), request(1, turn, params(turn, 5)))
+    assert second.cached_tokens == cached
+
+
+def test_what_an_aborted_prompt_computed_is_a_prefix() -> None:
+    prompt = list(range(49)) + [0] * 31
+    one = engine(budget=20)
+    first = request(0, prompt, params(prompt, 5))
+    one.add(first)
+    one.step()
+    one.step()  # 40 of 80 tokens
+    one.abort("0")
+    second = request(1, prompt, params(prompt, 5))
+    assert run(one, second) == run(engine(), request(1, prompt, params(prompt, 5)))
+    assert second.cached_tokens == 32
+
+
+def test_a_block_is_not_source_and_destination_of_copies_in_one_step() -> None:
+    """Two samples must copy their indexed tails, and the first one's source is the only block left."""
+    prompts = [[1] * 16, [2] * 16]
+    firsts = [run(engine(), request(0, prompt, params(prompt, 1)))[0][0][0] for prompt in prompts]
+
+    def requests() -> list[Request]:  # the first sample of each ends with its first token
+        resolved = [
+            params(prompt, 15, n=2, stop_ids=frozenset((first,)))
+            for prompt, first in zip(prompts, firsts, strict=True)
+        ]
+        return [request(number, prompts[number], resolved[number]) for number in range(2)]
+
+    crowded = requests()
+    got = run(engine(num_blocks=3), *crowded)
+    assert [one.preemptions for one in crowded] == [0, 1]
+    assert got == [run(engine(), one)[0] for one in requests()]
+    assert [len(tokens) for tokens, _ in got] == [1, 1]
