@@ -77,20 +77,18 @@ def wordpiece(directory: Path, **config: Any) -> Path:
 def sentencepiece_model(directory: Path, train: Config | None = None, **config: Any) -> Path:
     """``spiece.model`` with the special tokens of the Japanese GPT-2 checkpoints."""
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text.lower() for text in TEXTS] * 4),
-        model_writer=model,
-        minloglevel=2,
-        **{
-            "vocab_size": 400,
-            "hard_vocab_limit": False,
-            "character_coverage": 0.98,
-            "pad_id": 3,
-            "pad_piece": "[PAD]",
-            "control_symbols": ["[CLS]", "[SEP]", "[MASK]"],
-        }
-        | (train or {}),
-    )
+    options: Config = {
+        "sentence_iterator": iter([text.lower() for text in TEXTS] * 4),
+        "model_writer": model,
+        "minloglevel": 2,
+        "vocab_size": 400,
+        "hard_vocab_limit": False,
+        "character_coverage": 0.98,
+        "pad_id": 3,
+        "pad_piece": "[PAD]",
+        "control_symbols": ["[CLS]", "[SEP]", "[MASK]"],
+    }
+    sentencepiece.SentencePieceTrainer.train(**options | (train or {}))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "spiece.model").write_bytes(model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "[PAD]"}
