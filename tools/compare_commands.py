@@ -42,7 +42,9 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("commands", nargs="+", metavar="COMMAND", help="a whole command as one argument")
     parser.add_argument("--runs", type=int, default=11, help="counted runs of each command (default 11)")
     parser.add_argument("--warmup", type=int, default=2, help="runs of each that are not counted (default 2)")

@@ -1,5 +1,5 @@
-// How one layer's keys and values lie in memory: blocks of 16 tokens, shared by the CPU kernels that
-// write and read them and by the storage that allocates them.
+// How one layer's keys and values lie in memory: blocks of 16 tokens, shared by the CPU kernels
+// that write and read them and by the storage that allocates them.
 //
 // A block holds 16 tokens of every head, keys before values:
 //
@@ -7,8 +7,8 @@
 //           bf16  [n_head][head_dim_k / 2][16][2] pairs of neighbouring channels in one 32-bit word
 //   values  any   [n_head][16][head_dim_v]        lanes are channels
 //
-// head_dim_k is head_dim rounded up to even, head_dim_v rounded up to 16 (one 512-bit float vector).
-// Padding lanes are never stored to an output, so what they hold does not matter.
+// head_dim_k is head_dim rounded up to even, head_dim_v rounded up to 16 (one 512-bit float
+// vector). Padding lanes are never stored to an output, so what they hold does not matter.
 #pragma once
 
 #include <cstddef>
