@@ -41,7 +41,7 @@ def shell_examples() -> Iterator[tuple[str, str]]:
         )
         for line in code.splitlines():
             if found := re.search(r"pyengine-cli [a-z].*", line):
-                yield page.name, found[0]
+                yield page.name, found[0].removesuffix('" \\')  # a command that is an argument itself
     for name, command in {**COMMANDS, "main": pyengine.cli.main}.items():
         assert command.epilog and "Examples:" in command.epilog, f"{name} --help has no examples"
         for found in re.finditer(r"pyengine-cli [a-z].*", command.epilog):
