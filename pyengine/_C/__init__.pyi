@@ -7,13 +7,16 @@ Errors are the classes of ``pyengine.errors``.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
 from . import ops as ops
+
+# NumPy's stubs call an array a Buffer from Python 3.12 on only.
+_Int32Buffer: TypeAlias = Buffer | npt.NDArray[np.int32]
 
 BLOCK_TOKENS: int
 """Tokens of one KV block (16)."""
@@ -50,7 +53,7 @@ class BlockManager:
         """Free blocks plus cached blocks that could be evicted."""
     @property
     def num_in_use(self) -> int: ...
-    def match(self, token_ids: Buffer) -> list[int]:
+    def match(self, token_ids: _Int32Buffer) -> list[int]:
         """Blocks of the longest cached prefix of ``token_ids`` (int32), each with one reference more.
 
         At least one token is left to compute, so at most ``(len - 1) // 16`` blocks.
@@ -68,7 +71,7 @@ class BlockManager:
         """``block`` itself if its only reference is the caller's and it is not indexed; else a new
         block, for which the caller's reference is exchanged and whose content the caller must copy
         (``block_copies``) before the next step writes to it."""
-    def publish(self, token_ids: Buffer, blocks: Sequence[int]) -> None:
+    def publish(self, token_ids: _Int32Buffer, blocks: Sequence[int]) -> None:
         """Enter the full blocks of a sequence (tokens whose keys are computed) in the prefix index."""
     def reference_count(self, block: int) -> int: ...
     def reset_prefix_cache(self) -> None: ...
@@ -94,12 +97,12 @@ class Batch:
 
     def __init__(
         self,
-        token_ids: Buffer,  # (T,) int32
-        positions: Buffer,  # (T,) int32
-        query_start: Buffer,  # (B+1,) int32
-        context_len: Buffer,  # (B,) int32
-        block_table: Buffer,  # (B * max_blocks,) int32, padded with 0
-        block_copies: Buffer | None = None,  # (2n,) int32: source, destination, source, ...
+        token_ids: _Int32Buffer,  # (T,) int32
+        positions: _Int32Buffer,  # (T,) int32
+        query_start: _Int32Buffer,  # (B+1,) int32
+        context_len: _Int32Buffer,  # (B,) int32
+        block_table: _Int32Buffer,  # (B * max_blocks,) int32, padded with 0
+        block_copies: _Int32Buffer | None = None,  # (2n,) int32: source, destination, source, ...
     ) -> None: ...
     @property
     def num_tokens(self) -> int: ...
@@ -122,7 +125,7 @@ class Sampler:
         logprobs: int = -1,  # -1: none; n: the chosen token's and the n best ones'
     ) -> None: ...
     def sample(
-        self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: Buffer, positions: Buffer
+        self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: _Int32Buffer, positions: _Int32Buffer
     ) -> StepResult:
         """Sample one token per row of logits (R, V); for tests and custom processors.
 
@@ -150,7 +153,7 @@ class Model:
         self,
         ctx: ExecContext,
         config: Mapping[str, Any],
-        weights: Mapping[str, tuple[Buffer, str, Sequence[int]]],
+        weights: Mapping[str, tuple[Buffer | npt.NDArray[Any], str, Sequence[int]]],
         dtype: str,
     ) -> None:
         """``config``: n_layer, n_head, n_embd, n_inner, n_positions, vocab_size, activation
@@ -163,13 +166,13 @@ class Model:
     def dtype(self) -> str: ...
     @property
     def vocab_size(self) -> int: ...
-    def step(self, kv: KVCache, sampler: Sampler, batch: Batch, request_slot: Buffer) -> StepResult:
+    def step(self, kv: KVCache, sampler: Sampler, batch: Batch, request_slot: _Int32Buffer) -> StepResult:
         """Copy blocks, run the batch, sample the last token of each sequence whose request_slot
         (B,) int32 is >= 0. The random counter of a sample is its position (context_len)."""
-    def forward(self, kv: KVCache, batch: Batch, rows: Buffer | None = None) -> npt.NDArray[np.float32]:
+    def forward(self, kv: KVCache, batch: Batch, rows: _Int32Buffer | None = None) -> npt.NDArray[np.float32]:
         """Logits (R, V) of the chosen rows of the batch, or of all T. For tests and custom processors."""
     def score(
-        self, kv: KVCache, batch: Batch, rows: Buffer, targets: Buffer, top_n: int = 0
+        self, kv: KVCache, batch: Batch, rows: _Int32Buffer, targets: _Int32Buffer, top_n: int = 0
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Log-probability (R,) of ``targets`` after ``rows``; ids and log-probabilities (R, top_n) of the
         top_n (0 to 64) best tokens."""

@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
-from . import Batch, ExecContext, KVCache
+from . import Batch, ExecContext, KVCache, _Int32Buffer
 
 _Floats: TypeAlias = npt.NDArray[np.float32]
 _FloatsOrBfloat16: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
@@ -25,7 +24,7 @@ def layer_norm(
     gain: _Floats,
     bias: _Floats,
     eps: float = 1e-5,
-    rows: Buffer | None = None,
+    rows: _Int32Buffer | None = None,
     out_dtype: str = "float32",
 ) -> npt.NDArray[Any]:
     """Layer norm (R, C) of the rows ``rows`` (int32) of x, or of all."""
@@ -80,13 +79,13 @@ def score_rows(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,
     head: _FloatsOrBfloat16,
-    targets: Buffer,
+    targets: _Int32Buffer,
     top_n: int = 0,
 ) -> tuple[_Floats, npt.NDArray[np.int32], _Floats]:
     """Log-probabilities (R,) of ``targets`` (int32), and the top_n (0 to 64) ids and log-probabilities
     (R, top_n), best first; head (V, C)."""
 
-def copy_blocks(ctx: ExecContext, kv: KVCache, layer: int, pairs: Buffer) -> None:
+def copy_blocks(ctx: ExecContext, kv: KVCache, layer: int, pairs: _Int32Buffer) -> None:
     """Copy blocks of one layer; pairs (2n,) int32: source, destination, source, ..."""
 
 def convert(ctx: ExecContext, src: npt.NDArray[Any], src_dtype: str, dst_dtype: str) -> npt.NDArray[Any]:

@@ -1,0 +1,328 @@
+// A tiny random model through whole steps: what a request gets must not depend on batch, chunks or
+// threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "core/errors.h"
+#include "cpu/dispatch.h"
+#include "kv/block_manager.h"
+#include "model/gpt2.h"
+#include "tests/check.h"
+
+using namespace pyengine;  // NOLINT
+
+namespace {
+
+struct Context {
+  explicit Context(int threads) : pool(threads), ctx{pool, arena, cpu::kernels_for(nullptr)} {}
+  ThreadPool pool;
+  Arena arena;
+  ExecContext ctx;
+};
+
+// Weights in memory, every parameter random.
+struct Checkpoint {
+  explicit Checkpoint(const GPT2Config& c) {
+    add("wte.weight", {c.vocab_size, c.n_embd}, 0, 0.4f);
+    add("wpe.weight", {c.n_positions, c.n_embd}, 0, 0.4f);
+    for (int i = 0; i < c.n_layer; ++i) {
+      const std::string h = "h." + std::to_string(i) + ".";
+      norm(h + "ln_1", c.n_embd);
+      conv1d(h + "attn.c_attn", c.n_embd, 3 * c.n_embd);
+      conv1d(h + "attn.c_proj", c.n_embd, c.n_embd);
+      norm(h + "ln_2", c.n_embd);
+      conv1d(h + "mlp.c_fc", c.n_embd, c.n_inner);
+      conv1d(h + "mlp.c_proj", c.n_inner, c.n_embd);
+    }
+    norm("ln_f", c.n_embd);
+  }
+
+  void norm(const std::string& name, int n) {
+    add(name + ".weight", {n}, 1, 0.3f);
+    add(name + ".bias", {n}, 0, 0.3f);
+  }
+  void conv1d(const std::string& name, int in, int out) {
+    add(name + ".weight", {in, out}, 0, 2.0f / std::sqrt(static_cast<float>(in)));
+    add(name + ".bias", {out}, 0, 0.3f);
+  }
+  void add(const std::string& name, const std::vector<int64_t>& shape, float mean,
+           float deviation) {
+    int64_t n = 1;
+    for (int64_t d : shape) n *= d;
+    std::normal_distribution<float> normal(mean, deviation);
+    storage.emplace_back(n);
+    for (float& x : storage.back()) x = normal(random);
+    tensors[name] = {storage.back().data(), n * sizeof(float), DType::f32, shape};
+  }
+
+  std::mt19937 random{7};
+  std::vector<std::vector<float>> storage;
+  std::map<std::string, TensorView> tensors;
+};
+
+GPT2Config tiny() {
+  GPT2Config c;
+  c.n_layer = 3;
+  c.n_head = 3;
+  c.n_embd = 30;
+  c.n_inner = 70;
+  c.n_positions = 160;
+  c.vocab_size = 101;
+  return c;
+}
+
+KVLayout layout_of(const GPT2Config& c, DType dtype) { return {dtype, c.n_head, c.head_dim()}; }
+
+std::vector<int32_t> random_tokens(uint32_t seed, int n, int vocab_size) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> tokens(n);
+  for (int32_t& t : tokens) t = static_cast<int32_t>(random() % vocab_size);
+  return tokens;
+}
+
+// Builds a batch of pieces: tokens [from, to) of sequences with given blocks.
+struct BatchBuilder {
+  std::vector<int32_t> ids, positions, starts{0}, lengths, copies;
+  std::vector<std::vector<int32_t>> tables;
+
+  void add(const std::vector<int32_t>& tokens, int from, int to,
+           const std::vector<int32_t>& blocks) {
+    for (int i = from; i < to; ++i) {
+      ids.push_back(tokens[i]);
+      positions.push_back(i);
+    }
+    starts.push_back(static_cast<int32_t>(ids.size()));
+    lengths.push_back(to);
+    tables.push_back(blocks);
+  }
+  Batch build() const {
+    size_t width = 0;
+    for (const auto& table : tables) width = std::max(width, table.size());
+    std::vector<int32_t> flat;
+    for (auto table : tables) {
+      table.resize(width, 0);
+      flat.insert(flat.end(), table.begin(), table.end());
+    }
+    return Batch(ids, positions, starts, lengths, flat, copies);
+  }
+};
+
+// Logits of every position of one sequence, computed alone in chunks of the given size.
+std::vector<float> logits_alone(GPT2& model, Context& c, const std::vector<int32_t>& tokens,
+                                int chunk, DType kv_dtype) {
+  KVCache kv(model.config().n_layer, layout_of(model.config(), kv_dtype), 16);
+  BlockManager manager(16, false);
+  auto blocks = manager.allocate((static_cast<int64_t>(tokens.size()) + 15) / 16);
+  std::vector<float> logits;
+  for (int from = 0; from < static_cast<int>(tokens.size()); from += chunk) {
+    int to = std::min(from + chunk, static_cast<int>(tokens.size()));
+    BatchBuilder b;
+    b.add(tokens, from, to, blocks);
+    std::vector<int32_t> rows(to - from);
+    for (int i = 0; i < to - from; ++i) rows[i] = i;
+    size_t before = logits.size();
+    logits.resize(before + rows.size() * model.config().vocab_size);
+    model.forward(c.ctx, kv, b.build(), rows.data(), static_cast<int32_t>(rows.size()),
+                  logits.data() + before);
+  }
+  return logits;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+TEST(chunks_and_threads_change_no_bit) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context one(1), three(3);
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    GPT2 model(one.ctx, config, checkpoint.tensors, dtype);
+    auto tokens = random_tokens(1, 150, config.vocab_size);
+    auto whole = logits_alone(model, one, tokens, 150, dtype);
+    CHECK(std::all_of(whole.begin(), whole.end(), [](float x) { return std::isfinite(x); }));
+    for (int chunk : {1, 7, 16, 64, 149}) {
+      CHECK(same_bits(logits_alone(model, three, tokens, chunk, dtype), whole));
+    }
+  }
+}
+
+TEST(neighbours_prefixes_and_copies_change_no_bit) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context c(2);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  const int vocab = config.vocab_size;
+  auto a = random_tokens(1, 60, vocab), b = random_tokens(2, 33, vocab);
+  auto fork = a;  // as `a` up to 40, then another text
+  for (int i = 40; i < 60; ++i) fork[i] = b[i - 40];
+  auto a_alone = logits_alone(model, c, a, 60, DType::f32);
+  auto b_alone = logits_alone(model, c, b, 33, DType::f32);
+  auto fork_alone = logits_alone(model, c, fork, 60, DType::f32);
+
+  KVCache kv(config.n_layer, layout_of(config, DType::f32), 16);
+  std::vector<int32_t> a_blocks{5, 3, 9, 1}, b_blocks{2, 8, 0}, fork_blocks{5, 3, 11, 12};
+  std::vector<float> out(vocab);
+  auto expect = [&](const Batch& batch, int32_t row, const std::vector<float>& all, int position) {
+    model.forward(c.ctx, kv, batch, &row, 1, out.data());
+    CHECK(std::memcmp(out.data(), all.data() + int64_t{position} * vocab, vocab * 4) == 0);
+  };
+  BatchBuilder first;  // the prompt of `a` beside the start of `b`
+  first.add(a, 0, 40, a_blocks);
+  first.add(b, 0, 10, b_blocks);
+  expect(first.build(), 39, a_alone, 39);
+  expect(first.build(), 49, b_alone, 9);
+  BatchBuilder second;  // the fork shares two blocks, and half of the third is copied
+  second.copies = {9, 11};
+  second.add(b, 10, 33, b_blocks);
+  second.add(fork, 40, 60, fork_blocks);
+  second.add(a, 40, 41, a_blocks);
+  expect(second.build(), 42, fork_alone, 59);
+  expect(second.build(), 43, a_alone, 40);
+  expect(second.build(), 22, b_alone, 32);
+}
+
+TEST(steps_sample_the_last_tokens_of_those_that_ask) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context c(2);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  auto a = random_tokens(1, 20, config.vocab_size), b = random_tokens(2, 9, config.vocab_size);
+  KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
+  Sampler sampler(4);
+  sampler.set(3, {0.0f, 0, 1.0, 0, 0, 2});
+  BatchBuilder builder;
+  builder.add(a, 0, 20, {4, 1});
+  builder.add(b, 0, 9, {0});
+  const Batch batch = builder.build();
+  std::vector<int32_t> slots{-1, 3};
+  StepResult result;
+  model.step(c.ctx, kv, sampler, batch, slots.data(), result);
+  CHECK_EQ(result.token_ids.size(), size_t{1});
+  auto logits = logits_alone(model, c, b, 9, DType::f32);
+  const float* last = logits.data() + 8 * config.vocab_size;
+  CHECK_EQ(result.token_ids[0], std::max_element(last, last + config.vocab_size) - last);
+  CHECK_EQ(result.top_logprobs[0][0].first, result.token_ids[0]);
+  CHECK_EQ(result.top_logprobs[0][0].second, result.logprobs[0]);
+
+  int32_t row = 28, top_id = -1;
+  float logprob = 0, top_logprob = 0;
+  model.score(c.ctx, kv, batch, &row, 1, result.token_ids.data(), 1, &logprob, &top_id,
+              &top_logprob);
+  CHECK(std::abs(logprob - result.logprobs[0]) < 1e-5f);
+  CHECK_EQ(top_id, result.token_ids[0]);
+
+  slots = {-1, -1};
+  model.step(c.ctx, kv, sampler, batch, slots.data(), result);
+  CHECK(result.token_ids.empty());
+}
+
+TEST(weights_are_converted_and_checked) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context c(2);
+  auto tokens = random_tokens(4, 30, config.vocab_size);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  CHECK_EQ(model.owned_bytes(), size_t{0});
+  auto plain = logits_alone(model, c, tokens, 30, DType::f32);
+
+  // A file whose tensors lie at odd addresses gives the same numbers.
+  std::vector<char> odd(1 + checkpoint.tensors["wte.weight"].bytes);
+  auto shifted = checkpoint.tensors;
+  std::memcpy(odd.data() + 1, shifted["wte.weight"].data, shifted["wte.weight"].bytes);
+  shifted["wte.weight"].data = odd.data() + 1;
+  GPT2 copied(c.ctx, config, shifted, DType::f32);
+  CHECK_EQ(copied.owned_bytes(), shifted["wte.weight"].bytes);
+  CHECK(same_bits(logits_alone(copied, c, tokens, 30, DType::f32), plain));
+
+  // float16 weights are exact in float32: the model equals one of the rounded weights.
+  Checkpoint rounded(config);
+  std::vector<std::vector<uint16_t>> halves;
+  auto half = rounded.tensors;
+  for (auto& [name, tensor] : half) {
+    const int64_t n = static_cast<int64_t>(tensor.bytes) / 4;
+    halves.emplace_back(n);
+    void* values = const_cast<void*>(tensor.data);
+    ops::convert(c.ctx, values, DType::f32, halves.back().data(), DType::f16, n);
+    ops::convert(c.ctx, halves.back().data(), DType::f16, values, DType::f32, n);
+    tensor.data = halves.back().data();
+    tensor.dtype = DType::f16;
+    tensor.bytes = n * 2;
+  }
+  GPT2 from_half(c.ctx, config, half, DType::f32),
+      from_rounded(c.ctx, config, rounded.tensors, DType::f32);
+  CHECK(same_bits(logits_alone(from_half, c, tokens, 30, DType::f32),
+                  logits_alone(from_rounded, c, tokens, 30, DType::f32)));
+
+  auto broken = checkpoint.tensors;
+  broken.erase("h.1.mlp.c_fc.bias");
+  CHECK_THROWS(GPT2(c.ctx, config, broken, DType::f32), CheckpointError, "'h.1.mlp.c_fc.bias'");
+  broken = checkpoint.tensors;
+  broken["h.2.attn.c_proj.weight"].shape = {30, 29};
+  CHECK_THROWS(GPT2(c.ctx, config, broken, DType::f32), CheckpointError, "(30, 29)");
+  broken = checkpoint.tensors;
+  broken["wpe.weight"].bytes -= 4;
+  CHECK_THROWS(GPT2(c.ctx, config, broken, DType::f32), CheckpointError, "bytes");
+  GPT2Config wrong = config;
+  wrong.n_head = 4;
+  CHECK_THROWS(GPT2(c.ctx, wrong, checkpoint.tensors, DType::f32), ConfigError, "n_embd");
+  CHECK_THROWS(GPT2(c.ctx, config, checkpoint.tensors, DType::f16), ConfigError, "float16");
+}
+
+TEST(bad_batches_are_refused_before_memory_is_touched) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context c(1);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
+  using V = std::vector<int32_t>;
+  CHECK_THROWS(Batch({}, {}, {0}, {}, {}, {}), RequestError, "no tokens");
+  CHECK_THROWS(Batch({1}, {0, 1}, {0, 1}, {1}, {0}, {}), RequestError, "positions");
+  CHECK_THROWS(Batch({1}, {0}, {0, 2}, {1}, {0}, {}), RequestError, "query_start");
+  CHECK_THROWS(Batch({1, 2}, {0, 1}, {0, 2, 2}, {2, 1}, {0, 1}, {}), RequestError, "sequence 1");
+  CHECK_THROWS(Batch({1, 2}, {0, 0}, {0, 5, 2}, {5, 1}, {0, 1}, {}), RequestError, "query_start");
+  CHECK_THROWS(Batch({1}, {1}, {0, 1}, {1}, {0}, {}), RequestError, "position 1, expected 0");
+  CHECK_THROWS(Batch({1}, {16}, {0, 1}, {17}, {0}, {}), RequestError, "17");
+  CHECK_THROWS(Batch({1, 2}, {0, 1}, {0, 2}, {1}, {0}, {}), RequestError, "context_len is 1");
+  CHECK_THROWS(Batch({1}, {0}, {0, 1}, {1}, {0}, {1}), RequestError, "odd number");
+  CHECK_THROWS(Batch({1, 2}, {0, 0}, {0, 1, 2}, {1, 1}, {0, 1, 2}, {}), RequestError, "multiple");
+  std::vector<float> out(config.vocab_size);
+  auto forward = [&](const Batch& batch, int32_t row) {
+    model.forward(c.ctx, kv, batch, &row, 1, out.data());
+  };
+  CHECK_THROWS(forward(Batch({101}, {0}, {0, 1}, {1}, {0}, {}), 0), RequestError, "token id 101");
+  CHECK_THROWS(forward(Batch({-1}, {0}, {0, 1}, {1}, {0}, {}), 0), RequestError, "token id -1");
+  CHECK_THROWS(forward(Batch({1}, {0}, {0, 1}, {1}, {8}, {}), 0), RequestError, "block 8");
+  CHECK_THROWS(forward(Batch({1}, {0}, {0, 1}, {1}, {0}, {}), 1), RequestError, "row 1");
+  CHECK_THROWS(forward(Batch({1}, {160}, {0, 1}, {161}, V(11, 0), {}), 0), RequestError,
+               "160 positions");
+  CHECK_THROWS(forward(Batch({1, 2}, {0, 0}, {0, 1, 2}, {1, 1}, {3, 3}, {}), 0), RequestError,
+               "block 3");
+  CHECK_THROWS(forward(Batch({1}, {0}, {0, 1}, {1}, {0}, {1, 2, 2, 3}), 0), RequestError,
+               "both from and to");
+  CHECK_THROWS(forward(Batch({1}, {0}, {0, 1}, {1}, {0}, {1, 2, 3, 2}), 0), RequestError, "twice");
+  KVCache other(config.n_layer + 1, layout_of(config, DType::f32), 8);
+  int32_t row = 0;
+  CHECK_THROWS(
+      model.forward(c.ctx, other, Batch({1}, {0}, {0, 1}, {1}, {0}, {}), &row, 1, out.data()),
+      ConfigError, "KV cache");
+}
+
+TEST(numbers_that_are_none_end_the_step) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  checkpoint.storage.back()[3] = std::numeric_limits<float>::quiet_NaN();  // ln_f.bias
+  Context c(2);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
+  Sampler sampler(2);
+  int32_t slot = 1;
+  StepResult result;
+  CHECK_THROWS(model.step(c.ctx, kv, sampler, Batch({1}, {0}, {0, 1}, {1}, {0}, {}), &slot, result),
+               InternalError, "slot 1");
+}

@@ -1,0 +1,214 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "core/errors.h"
+#include "cpu/dispatch.h"
+#include "sampling/philox.h"
+#include "sampling/sampler.h"
+#include "tests/check.h"
+
+using namespace pyengine;  // NOLINT
+
+namespace {
+
+struct Fixture {
+  explicit Fixture(int threads) : pool(threads), ctx{pool, arena, cpu::kernels_for(nullptr)} {}
+  ThreadPool pool;
+  Arena arena;
+  ExecContext ctx;
+};
+
+std::vector<float> random_logits(uint32_t seed, int n, float deviation) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, deviation);
+  std::vector<float> logits(n);
+  for (float& x : logits) x = normal(random);
+  return logits;
+}
+
+// The plain way: sort, cut, normalise, draw by the inverse of the distribution in the order of ids.
+int32_t reference_choice(const std::vector<float>& logits, const SlotParams& p, double u) {
+  const int n = static_cast<int>(logits.size());
+  std::vector<int> order(n);
+  for (int i = 0; i < n; ++i) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[a] > logits[b]; });
+  if (p.temperature == 0) return order[0];
+  int kept = n;
+  if (p.top_k > 0 && p.top_k < n) {
+    kept = p.top_k;
+    while (kept < n && logits[order[kept]] == logits[order[p.top_k - 1]]) ++kept;
+  }
+  std::vector<double> weight(n, 0.0);
+  double total = 0;
+  for (int i = 0; i < kept; ++i) {
+    weight[order[i]] = std::exp((logits[order[i]] - logits[order[0]]) / double(p.temperature));
+    total += weight[order[i]];
+  }
+  double mass = 0;
+  for (int i = 0; i < kept; ++i) {
+    if (i > 0 && mass >= p.top_p * total) weight[order[i]] = 0;
+    mass += weight[order[i]];
+  }
+  double sum = 0;
+  for (double w : weight) sum += w;
+  double running = 0;
+  for (int id = 0; id < n; ++id) {
+    running += weight[id];
+    if (running > u * sum) return id;
+  }
+  return order[0];
+}
+
+}  // namespace
+
+TEST(philox_known_answers) {
+  // kat_vectors of the authors' Random123
+  CHECK((philox4x32({0, 0, 0, 0}, {0, 0}) ==
+         PhiloxCounter{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  CHECK((philox4x32({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}) ==
+         PhiloxCounter{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
+  CHECK((philox4x32({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}) ==
+         PhiloxCounter{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+}
+
+TEST(exponential_is_accurate) {
+  for (float x = 0; x > -87; x -= 0.0137f) {
+    double exact = std::exp(static_cast<double>(x));
+    CHECK(std::abs(sampling::exp_nonpositive(x) - exact) <= 2e-7 * exact);
+  }
+  CHECK_EQ(sampling::exp_nonpositive(0), 1.0f);
+  CHECK_EQ(sampling::exp_nonpositive(-200), 0.0f);
+  CHECK_EQ(sampling::exp_nonpositive(-std::numeric_limits<float>::infinity()), 0.0f);
+}
+
+TEST(choices_equal_the_plain_algorithm) {
+  Fixture f(2);
+  Sampler sampler(1);
+  int equal = 0, all = 0;
+  for (int vocab : {1, 2, 17, 64, 65, 1000, 5003}) {
+    for (int variant = 0; variant < 40; ++variant) {
+      auto logits = random_logits(variant, vocab, 0.5f + variant % 7);
+      if (variant % 3 == 0) {  // many ties
+        for (float& x : logits) x = std::round(x);
+      }
+      if (variant % 5 == 0) {  // masked tokens
+        for (int i = 0; i + 1 < vocab; i += 2) logits[i] = -std::numeric_limits<float>::infinity();
+      }
+      SlotParams p;
+      p.temperature = variant % 8 == 0 ? 0.0f : 0.3f + 0.2f * (variant % 9);
+      p.top_k = variant % 2 == 0 ? 0 : 1 + variant * variant;
+      p.top_p = variant % 4 < 2 ? 1.0 : 0.02 * variant;
+      p.seed = 0x123456789abcdef0u + variant;
+      p.sample_index = variant % 3;
+      sampler.set(0, p);
+      for (int32_t position = 0; position < 10; ++position) {
+        int32_t slot = 0;
+        StepResult result;
+        sampler.sample(f.ctx, logits.data(), 1, vocab, &slot, &position, result);
+        double u = uniform(p.seed, position, p.sample_index);
+        equal += result.token_ids[0] == reference_choice(logits, p, u);
+        ++all;
+      }
+    }
+  }
+  // The two round sums differently, so a draw that falls on the edge between two tokens may differ.
+  CHECK(equal >= all - 2);
+}
+
+TEST(rows_do_not_depend_on_threads_or_neighbours) {
+  const int rows = 7, vocab = 3001;
+  auto logits = random_logits(5, rows * vocab, 2.0f);
+  std::vector<int32_t> slots(rows), positions(rows);
+  Sampler sampler(rows);
+  for (int r = 0; r < rows; ++r) {
+    slots[r] = r;
+    positions[r] = 100 + r;
+    SlotParams p;
+    p.top_k = r % 3 * 20;
+    p.top_p = r % 2 == 0 ? 1.0 : 0.9;
+    p.seed = r;
+    p.logprobs = r - 1;
+    sampler.set(r, p);
+  }
+  Fixture one(1), four(4);
+  StepResult together, threaded;
+  sampler.sample(one.ctx, logits.data(), rows, vocab, slots.data(), positions.data(), together);
+  sampler.sample(four.ctx, logits.data(), rows, vocab, slots.data(), positions.data(), threaded);
+  CHECK(together.token_ids == threaded.token_ids);
+  CHECK(together.top_logprobs == threaded.top_logprobs);
+  for (int r = 0; r < rows; ++r) {
+    StepResult alone;
+    sampler.sample(one.ctx, logits.data() + r * vocab, 1, vocab, &slots[r], &positions[r], alone);
+    CHECK_EQ(alone.token_ids[0], together.token_ids[r]);
+    CHECK_EQ(std::isnan(together.logprobs[r]), r == 0);
+    if (r > 0) CHECK_EQ(alone.logprobs[0], together.logprobs[r]);
+    CHECK_EQ(together.top_logprobs[r].size(), static_cast<size_t>(std::max(0, r - 1)));
+  }
+}
+
+TEST(extreme_parameters_stay_in_range) {
+  Fixture f(1);
+  Sampler sampler(1);
+  const int vocab = 130;
+  for (float temperature : {1e-38f, 1e-5f, 1e5f, 3e38f}) {
+    for (double top_p : {0.0, 1e-12, 0.5, 1.0 - 1e-9, 1.0}) {
+      for (int32_t top_k : {0, 1, vocab - 1, vocab, 1 << 30}) {
+        auto logits = random_logits(3, vocab, 50.0f);
+        SlotParams p;
+        p.temperature = temperature;
+        p.top_p = top_p;
+        p.top_k = top_k;
+        p.logprobs = 1000;
+        sampler.set(0, p);
+        int32_t slot = 0, position = 1;
+        StepResult result;
+        sampler.sample(f.ctx, logits.data(), 1, vocab, &slot, &position, result);
+        CHECK(result.token_ids[0] >= 0 && result.token_ids[0] < vocab);
+        CHECK_EQ(result.top_logprobs[0].size(), size_t{vocab});
+        auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+        if (temperature < 1e-4f || top_p == 0 || top_k == 1) CHECK_EQ(result.token_ids[0], best);
+      }
+    }
+  }
+}
+
+TEST(bad_logits_name_the_slot) {
+  Fixture f(2);
+  Sampler sampler(5);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  for (float bad : {nan, -nan, inf}) {
+    for (int at : {0, 63, 64, 199, 200}) {
+      auto logits = random_logits(1, 201, 1.0f);
+      logits[at] = bad;
+      int32_t slot = 3, position = 9;
+      StepResult result;
+      CHECK_THROWS(sampler.sample(f.ctx, logits.data(), 1, 201, &slot, &position, result),
+                   InternalError, "slot 3");
+    }
+  }
+  std::vector<float> masked(40, -inf);
+  int32_t slot = 2, position = 0;
+  StepResult result;
+  CHECK_THROWS(sampler.sample(f.ctx, masked.data(), 1, 40, &slot, &position, result), InternalError,
+               "slot 2");
+}
+
+TEST(parameters_are_checked) {
+  Sampler sampler(2);
+  auto with = [](auto change) {
+    SlotParams p;
+    change(p);
+    return p;
+  };
+  CHECK_THROWS(sampler.set(2, SlotParams{}), RequestError, "slot 2");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.temperature = -1; })), RequestError,
+               "temperature");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.temperature = NAN; })), RequestError,
+               "temperature");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.top_k = -1; })), RequestError, "top_k");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.top_p = 1.5; })), RequestError, "top_p");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.logprobs = -2; })), RequestError, "logprobs");
+}
