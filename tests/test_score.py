@@ -154,7 +154,8 @@ def test_scores_do_not_depend_on_company(llm: LLM) -> None:
 def test_choose(llm: LLM) -> None:
     choices = [" sea", " xylophone", " deck", " sea shore"]
     ranked = llm.choose("He looked at the", choices)
-    assert ranked[0].text in (" sea", " deck") and ranked[-1].text == " xylophone"
+    order = [choice.text for choice in ranked]
+    assert order.index(" sea") < order.index(" sea shore"), "more of the same is never likelier"
     assert [choices[choice.index] for choice in ranked] == [choice.text for choice in ranked]
     for choice in ranked:
         context = encode(llm, "He looked at the")
