@@ -16,7 +16,7 @@ from pyengine.model.tokenization.decoders import CleanUpDecoder, TextDecoder
 from pyengine.model.tokenizer import Tokenizer, load_tokenizer
 from tests.model.tokenizer_files import KINDS, TEXTS, id_lists, save_backend
 
-CHEAP = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHEAP = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def _bpe_decoder(directory: Path) -> Path:
@@ -144,7 +144,7 @@ class _Characters(TextDecoder):
         return ""
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(alphabet=" .?!,'ntmsvre ' ' x", max_size=24), data=st.data())
 def test_clean_up_equals_transformers(text: str, data: st.DataObject) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the reference")

@@ -59,7 +59,7 @@ FRAGMENTS = [
 TEXT = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=6) | st.sampled_from(TEXTS), max_size=8).map(
     "".join
 )
-CHEAP = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CHEAP = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def reference(directory: Path) -> Any:
@@ -170,7 +170,7 @@ def test_gpt2_round_trip(gpt2: Pair, text: str) -> None:
     assert gpt2[0].decode(gpt2[0].encode(text)) == text
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(max_size=30) | TEXT)
 def test_gpt2_encode_equals_transformers(gpt2: Pair, text: str) -> None:
     ids = gpt2[0].encode(text)
@@ -178,7 +178,7 @@ def test_gpt2_encode_equals_transformers(gpt2: Pair, text: str) -> None:
     assert gpt2[0].decode(ids, skip_special_tokens=False) == text
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(ids=st.lists(st.integers(0, 50256), max_size=40), skip=st.booleans())
 def test_gpt2_decode_equals_transformers(gpt2: Pair, ids: list[int], skip: bool) -> None:
     assert gpt2[0].decode(ids, skip) == gpt2[1].decode(ids, skip_special_tokens=skip)

@@ -115,7 +115,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["bpe-added-legacy", "wordpiece", "json", "sp-bytes"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_files_raise_nothing_else(
     originals: Path, tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
