@@ -91,12 +91,16 @@ int32_t Row::argmax() const {
 
 void Row::select_at_least(float threshold, std::vector<Candidate>& out) const {
   out.clear();
+  size_t count = 0;
   for (size_t b = 0; b < block_max_.size(); ++b) {
     if (block_max_[b] < threshold) continue;
     int32_t end = std::min(vocab_size_, static_cast<int32_t>((b + 1) * kBlock));
+    out.resize(count + kBlock);  // room for all; which ones stay is decided without a branch
     for (int32_t id = static_cast<int32_t>(b * kBlock); id < end; ++id) {
-      if (logits_[id] >= threshold) out.push_back({id, logits_[id], 0.0f});
+      out[count] = {id, logits_[id], 0.0f};
+      count += logits_[id] >= threshold;
     }
+    out.resize(count);
   }
 }
 
@@ -166,27 +170,33 @@ int32_t Row::draw_from_all(double target) const {
 
 void keep_top_p(double top_p, double total, std::vector<Candidate>& candidates) {
   const double enough = top_p * total;
-  // Weighted quickselect: [0, lo) is kept, and what is beyond hi is not.
-  size_t lo = 0, hi = candidates.size();
-  double mass = 0;  // of [0, lo)
-  while (hi - lo > 32) {
-    size_t middle = lo + (hi - lo) / 2;
-    std::nth_element(candidates.begin() + lo, candidates.begin() + middle, candidates.begin() + hi,
-                     better);
-    double half = 0;
-    for (size_t i = lo; i < middle; ++i) half += candidates[i].weight;
-    if (mass + half >= enough) {
-      hi = middle;
-    } else {
-      mass += half;
-      lo = middle;
-    }
+  // Weights fall into bins of a sixteenth of an octave; whole bins are kept from the heaviest
+  // downwards, and only the bin in which `enough` is reached is sorted.
+  constexpr int kShift = 23 - 4;
+  constexpr size_t kBins = (0x3f800000u >> kShift) + 1;  // weights are at most 1
+  auto bin_of = [](const Candidate& c) {
+    uint32_t bits;
+    std::memcpy(&bits, &c.weight, sizeof bits);
+    return bits >> kShift;
+  };
+  std::vector<double> bin_mass(kBins, 0.0);
+  for (const Candidate& c : candidates) bin_mass[bin_of(c)] += c.weight;
+  size_t edge = kBins - 1;
+  double mass = 0;  // of the bins above `edge`
+  while (edge > 0 && mass + bin_mass[edge] < enough) mass += bin_mass[edge--];
+
+  std::vector<Candidate> at_edge;
+  for (const Candidate& c : candidates) {
+    if (bin_of(c) == edge) at_edge.push_back(c);
   }
-  std::sort(candidates.begin() + lo, candidates.begin() + hi, better);
-  while (lo < hi && (lo == 0 || mass < enough)) mass += candidates[lo++].weight;
-  candidates.resize(lo);
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  std::sort(at_edge.begin(), at_edge.end(), better);
+  size_t taken = 0;
+  while (taken < at_edge.size() && (mass == 0 || mass < enough)) mass += at_edge[taken++].weight;
+  auto dropped = [&](const Candidate& c) {
+    const size_t bin = bin_of(c);
+    return bin < edge || (bin == edge && (taken == 0 || better(at_edge[taken - 1], c)));
+  };
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), dropped), candidates.end());
 }
 
 }  // namespace pyengine::sampling

@@ -50,6 +50,8 @@ class Row {
   // weights[i] = exp((logits[i] - max) / temperature) for all tokens; returns their sum.
   double all_weights(float temperature);
 
+  float weight(int32_t id) const { return weights_[id]; }  // of the last all_weights()
+
   // The first token, ids rising, at which the running sum of all_weights() passes `target`.
   int32_t draw_from_all(double target) const;
 
@@ -63,9 +65,9 @@ class Row {
   std::vector<float> scratch_;
 };
 
-// Cuts `candidates` (any order) to the smallest set of best ones whose weight reaches top_p of
-// their total, at least one, and brings them into the order of rising ids. `total`: what top_p
-// refers to, at least the sum of the weights.
+// Cuts `candidates` to the smallest set of best ones whose weight reaches top_p of `total`, at
+// least one; those that stay keep their order. `total` is the sum of the weights, or what they are
+// a part of.
 void keep_top_p(double top_p, double total, std::vector<Candidate>& candidates);
 
 }  // namespace pyengine::sampling

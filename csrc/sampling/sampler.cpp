@@ -37,9 +37,13 @@ int32_t choose(Row& row, std::vector<Candidate>& candidates, const SlotParams& p
   if (!cut_k && !cut_p) return row.draw_from_all(u * row.all_weights(params.temperature));
 
   double total = 0;
-  const float scale = sampling::inverse_temperature(params.temperature);
   if (cut_k) {
     row.select_top_k(params.top_k, candidates);
+    const float scale = sampling::inverse_temperature(params.temperature);
+    for (Candidate& c : candidates) {
+      c.weight = sampling::exp_nonpositive((c.logit - row.max()) * scale);
+      total += c.weight;
+    }
   } else {
     total = row.all_weights(params.temperature);
     // Tokens lighter than this weigh less than (1 - top_p) of the total all together, so the set
@@ -48,10 +52,7 @@ int32_t choose(Row& row, std::vector<Candidate>& candidates, const SlotParams& p
     float threshold = row.max() + static_cast<float>(std::log(light)) * params.temperature;
     // (max is among them also where the difference is lost to rounding)
     row.select_at_least(std::min(threshold, row.max()), candidates);
-  }
-  for (Candidate& c : candidates) {
-    c.weight = sampling::exp_nonpositive((c.logit - row.max()) * scale);
-    if (cut_k) total += c.weight;
+    for (Candidate& c : candidates) c.weight = row.weight(c.id);
   }
   if (cut_p) keep_top_p(params.top_p, total, candidates);
   return draw(candidates, u);
