@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kPanel = kTileVectors * kLanes;  // columns of a panel
 
+constexpr int64_t kRowsAhead = 8;  // rows of (K, N) weights to prefetch while one is read
+
 static_assert(kMaxItemColumns % kPanel == 0, "an item is whole panels");
 static_assert(kMaxItemColumns % (2 * kLanes) == 0, "and whole strips");
 

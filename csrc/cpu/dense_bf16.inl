@@ -77,6 +77,8 @@ struct LayerBf16 {
         for (int v = 0; v < kTileVectors; ++v) {
           const uint16_t* at = row + v * kLanes;
           store_pair(out + v * kLanes, load_bf16(at), has_odd ? load_bf16(at + ldw) : zero());
+          __builtin_prefetch(at + kRowsAhead * ldw, 0, 2);
+          __builtin_prefetch(at + (kRowsAhead + 1) * ldw, 0, 2);
         }
       }
       if (rest > 0) {
@@ -96,7 +98,10 @@ struct LayerBf16 {
     const int64_t n = j.in_features - 2 * k;
     if (cols == kLanes && n >= 2 * kLanes) {
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) t[l] = as_float(load_halves(w + l * j.in_features));
+      for (int l = 0; l < kLanes; ++l) {
+        t[l] = as_float(load_halves(w + l * j.in_features));
+        __builtin_prefetch(w + (l + kLanes) * j.in_features, 0, 2);
+      }
     } else {
       for (int l = 0; l < kLanes; ++l) {
         const uint16_t* row = w + l * j.in_features;
@@ -134,6 +139,10 @@ struct LayerBf16 {
         for (int v = 0; v < kWords; ++v) {
           const uint16_t* at = row + v * 2 * kLanes;
           multiply_strip(a[v], b[v], x, i, load_halves(at), load_halves(at + ldw));
+          if (v * kLanes % 16 == 0) {
+            __builtin_prefetch(at + kRowsAhead * ldw, 0, 2);
+            __builtin_prefetch(at + (kRowsAhead + 1) * ldw, 0, 2);
+          }
         }
       }
       for (int64_t i = whole > i0 ? whole : i0; i < end; ++i) {  // the last k of an odd K

@@ -20,7 +20,10 @@ static void multiply_strip_f32(const float* x, const float* w, int64_t ldw, int6
         continue;
       }
 #pragma GCC unroll 24
-      for (int v = 0; v < kVectors; ++v) acc[v] = fma(xk, load(row + v * kLanes), acc[v]);
+      for (int v = 0; v < kVectors; ++v) {
+        acc[v] = fma(xk, load(row + v * kLanes), acc[v]);
+        if (v * kLanes % 16 == 0) __builtin_prefetch(row + kRowsAhead * ldw + v * kLanes, 0, 2);
+      }
     }
 #pragma GCC unroll 24
     for (int v = 0; v < kVectors; ++v) {
@@ -50,7 +53,10 @@ struct LayerF32 {
       float* out = dst + k * kPanel;
       for (int64_t p = 0; p < full; ++p, out += count * kPanel, row += kPanel) {
 #pragma GCC unroll 3
-        for (int v = 0; v < kTileVectors; ++v) store(out + v * kLanes, load(row + v * kLanes));
+        for (int v = 0; v < kTileVectors; ++v) {
+          store(out + v * kLanes, load(row + v * kLanes));
+          __builtin_prefetch(row + v * kLanes + kRowsAhead * j.out_features, 0, 2);
+        }
       }
       if (rest > 0) {
         for (int v = 0; v < kTileVectors; ++v) {
@@ -67,7 +73,10 @@ struct LayerF32 {
     const int64_t n = j.in_features - k;
     if (cols == kLanes && n >= kLanes) {
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) t[l] = load(w + l * j.in_features);
+      for (int l = 0; l < kLanes; ++l) {
+        t[l] = load(w + l * j.in_features);
+        __builtin_prefetch(w + (l + kLanes) * j.in_features, 0, 2);
+      }
     } else {
       for (int l = 0; l < kLanes; ++l)
         t[l] = l < cols ? load_upto(w + l * j.in_features, n) : zero();
