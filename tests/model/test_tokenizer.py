@@ -122,6 +122,23 @@ def test_decode_equals_transformers_on_any_ids(pair: Pair, skip: bool, data: st.
     assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
+@given(data=st.lists(st.binary(max_size=3) | st.text(max_size=2).map(str.encode), max_size=8).map(b"".join))
+@CHEAP
+def test_byte_fallback_equals_transformers(sentencepiece_bytes: Pair, data: bytes) -> None:
+    """SentencePiece has one U+FFFD for each stray byte, not for each maximal subpart."""
+    ours, theirs = sentencepiece_bytes
+    ids = [theirs.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in data]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_bytes(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    directory = KINDS["sp-bytes"](tmp_path_factory.mktemp("bytes"))
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer is not None
+    return tokenizer, reference(directory)
+
+
 def test_ids_and_pieces_equal_transformers(pair: Pair) -> None:
     ours, theirs = pair
     for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
