@@ -76,12 +76,15 @@ def reference(directory: Path) -> Any:
 Pair = tuple[Tokenizer, Any]
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    directory = KINDS[request.param](tmp_path_factory.mktemp(request.param))
+def load_pair(directory: Path) -> Pair:
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None
     return tokenizer, reference(directory)
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return load_pair(KINDS[request.param](tmp_path_factory.mktemp(request.param)))
 
 
 def check_encoding(pair: Pair, text: str) -> None:
@@ -133,10 +136,7 @@ def test_byte_fallback_equals_transformers(sentencepiece_bytes: Pair, data: byte
 
 @pytest.fixture(scope="module")
 def sentencepiece_bytes(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    directory = KINDS["sp-bytes"](tmp_path_factory.mktemp("bytes"))
-    tokenizer = load_tokenizer(directory)
-    assert tokenizer is not None
-    return tokenizer, reference(directory)
+    return load_pair(KINDS["sp-bytes"](tmp_path_factory.mktemp("bytes")))
 
 
 def test_ids_and_pieces_equal_transformers(pair: Pair) -> None:
@@ -288,10 +288,8 @@ def test_tokenizer_json_takes_prefix_space_from_its_configuration(tmp_path: Path
         tmp_path / "tokenizer_config.json",
         {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": space, "add_bos_token": True},
     )
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer is not None
-    check_encoding((tokenizer, reference(tmp_path)), "dog")
-    check_encoding((tokenizer, reference(tmp_path)), " dog")
+    check_encoding(load_pair(tmp_path), "dog")
+    check_encoding(load_pair(tmp_path), " dog")
 
 
 @pytest.mark.parametrize(
@@ -329,16 +327,14 @@ def test_merges_are_read_as_transformers_reads_them(tmp_path: Path, change: str)
     else:
         data = data.replace(b"\n", b"\r\n")
     path.write_bytes(data)
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer is not None
     for text in TEXTS:
-        check_encoding((tokenizer, reference(tmp_path)), text)
+        check_encoding(load_pair(tmp_path), text)
 
 
 # ---- Vocabularies of another size than the model's
 
 
-def test_ids_without_a_piece_decode_to_nothing(pair: Pair, tmp_path: Path) -> None:
+def test_ids_without_a_piece_decode_to_nothing(pair: Pair) -> None:
     tokenizer = pair[0]
     ids = tokenizer.encode("hello dog")
     with pytest.raises(TokenizerError, match="outside the vocabulary"):
