@@ -335,8 +335,7 @@ def test_merges_are_read_as_transformers_reads_them(tmp_path: Path, change: str)
 
 
 def test_ids_without_a_piece_decode_to_nothing(pair: Pair) -> None:
-    tokenizer = pair[0]
-    ids = tokenizer.encode("hello dog")
+    tokenizer, ids = pair[0], pair[0].encode("hello dog")
     with pytest.raises(TokenizerError, match="outside the vocabulary"):
         tokenizer.decode([tokenizer.vocab_size])
     for outside in (-1, 2**31, 2**40):
@@ -377,7 +376,7 @@ def test_token_that_the_model_does_not_have(tmp_path: Path, kind: str) -> None:
             encode(f"cat {content}")
 
 
-@pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "🤗"[:0] + "\ud83e\udd17"])
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "\ud83e\udd17"])
 def test_lone_surrogates(pair: Pair, text: str) -> None:
     for encode in (pair[0].encode, lambda text: pair[0].encode_batch(["fine", text])):
         with pytest.raises(TokenizerError, match="lone surrogate U\\+D"):
