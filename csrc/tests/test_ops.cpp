@@ -1,5 +1,8 @@
 // The CPU operations against their definition in ops.h, for every instruction set of this machine:
 // dense layers bit for bit against scalar chains, the rest against float64, and batch invariance.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -69,6 +72,30 @@ struct Tensor {
   }
 };
 
+// A copy that ends where the next page may not be read, like weights at the end of a mapped file.
+class GuardedCopy {
+ public:
+  GuardedCopy(const void* data, size_t bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t usable = (bytes + page - 1) / page * page;
+    size_ = usable + page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + usable, page, PROT_NONE) != 0) std::abort();
+    data_ = base_ + usable - bytes;
+    std::memcpy(data_, data, bytes);
+  }
+  ~GuardedCopy() { munmap(base_, size_); }
+  GuardedCopy(const GuardedCopy&) = delete;
+  GuardedCopy& operator=(const GuardedCopy&) = delete;
+  const void* data() const { return data_; }
+
+ private:
+  char* base_;
+  char* data_;
+  size_t size_;
+};
+
 struct Context {
   ThreadPool pool;
   Arena arena;
@@ -130,7 +157,8 @@ void test_linear(const std::string& isa, DType dtype, int64_t rows, int64_t in, 
       expected[r * out + n] = chain(x, r, w, n, in, out, layout, fused) + bias[n];
     }
   }
-  Weight weight{w.data(), dtype, layout, in, out};
+  const GuardedCopy guarded(w.data(), in * out * size_of(dtype));
+  Weight weight{guarded.data(), dtype, layout, in, out};
   std::vector<float> y(rows * out, NAN);
   linear(c.ctx, x.data(), rows, weight, bias.data(), Activation::none, y.data(), DType::f32);
   check(same(y, expected), what);
