@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pyengine import _C, errors
+from pyengine.model.config import GPT2Config
 
 CONFIG: dict[str, Any] = {
     "n_layer": 2,
@@ -117,6 +119,41 @@ def test_configuration_errors_name_the_field() -> None:
     tensors["h.1.ln_2.bias"] = (np.zeros(15, np.float32), "float32", (15,))
     with pytest.raises(errors.CheckpointError, match=r"'h\.1\.ln_2\.bias' has shape \(15\).*\(16\)"):
         _C.Model(context, CONFIG, tensors, "float32")
+
+
+@pytest.mark.parametrize("head_dim", [256, 257])
+def test_heads_have_a_largest_size(head_dim: int) -> None:
+    """One whose sums did not fit the kernel's stack would crash the process."""
+    config = GPT2Config(vocab_size=50, n_positions=8, n_embd=256, n_layer=1, n_head=1, n_inner=4)
+    assert _C.MAX_HEAD_DIM == 256
+    q = np.ones((3, head_dim), np.float32)
+    if head_dim > _C.MAX_HEAD_DIM:
+        with pytest.raises(errors.ConfigError, match="head_dim is 257"):
+            _C.KVCache(1, 1, head_dim, 1, "float32")
+        with pytest.raises(errors.ConfigError, match="257 channels.*at most 256"):
+            replace(config, n_embd=head_dim)
+        with pytest.raises(errors.ConfigError, match="257 channels.*at most 256"):
+            _C.Model(_C.ExecContext(1), {**config.kernel_config(), "n_embd": head_dim}, weights(), "float32")
+        return
+    for isa in _C.available_isas():
+        context, kv = _C.ExecContext(1, isa), _C.KVCache(1, 1, head_dim, 1, "float32")
+        w = np.concatenate([np.eye(head_dim, dtype=np.float32)] * 3, axis=1)
+        _C.ops.qkv(context, q, w, np.zeros(3 * head_dim, np.float32), prompt(1, 2, 3), kv, 0)
+        assert np.array_equal(_C.ops.attention(context, q, prompt(1, 2, 3), kv, 0, 1.0), q)
+
+
+@pytest.mark.parametrize("isa", [*_C.available_isas(), "", "nonsense"])
+def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
+    code = "from pyengine._C import ExecContext as E; print(E(1).isa, E(1, 'baseline').isa)"
+    environment = {**os.environ, "PYENGINE_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if isa == "nonsense":
+        assert "ConfigError" in done.stderr
+        assert '"nonsense" does not exist' in done.stderr
+    else:
+        names = done.stdout.split()
+        assert names[0] == isa if isa else names[0] in _C.available_isas()
+        assert names[1] == "baseline"
 
 
 def test_requests_errors_are_python_classes() -> None:

@@ -1,6 +1,7 @@
 // Batch, Sampler, StepResult and Model.
 #include <pybind11/numpy.h>
 
+#include <cmath>
 #include <map>
 #include <optional>
 
@@ -129,6 +130,17 @@ class PyModel {
   std::optional<GPT2> model_;
 };
 
+// Throws RequestError where rounding to float32 would change what is asked for: 1e39 would become
+// infinite, and 1e-46 greedy.
+float temperature_from(double value) {
+  const auto rounded = static_cast<float>(value);
+  if (std::isinf(rounded) || (rounded == 0 && value != 0)) {
+    throw RequestError("temperature is " + std::string(py::repr(py::float_(value))) +
+                       ", which float32 cannot hold: use 0 (greedy), or 1e-38 to 1e38");
+  }
+  return rounded;
+}
+
 StepResult sample(PySampler& self, PyExecContext& ctx,
                   const py::array_t<float, py::array::c_style>& logits, py::handle slots,
                   py::handle positions) {
@@ -178,13 +190,15 @@ void bind_model(py::module_& m) {
       .def(py::init<int32_t>(), arg("num_slots"))
       .def(
           "set",
-          [](PySampler& self, int32_t slot, float temperature, int32_t top_k, double top_p,
+          [](PySampler& self, int32_t slot, double temperature, int32_t top_k, double top_p,
              uint64_t seed, uint64_t sample_index, int32_t logprobs) {
+            const SlotParams params{
+                temperature_from(temperature), top_k, top_p, seed, sample_index, logprobs};
             py::gil_scoped_release release;  // a step may hold the mutex for a while
             std::lock_guard<std::mutex> lock(self.mutex);
-            self.sampler.set(slot, {temperature, top_k, top_p, seed, sample_index, logprobs});
+            self.sampler.set(slot, params);
           },
-          arg("slot"), py::kw_only(), arg("temperature") = 1.0f, arg("top_k") = 0,
+          arg("slot"), py::kw_only(), arg("temperature") = 1.0, arg("top_k") = 0,
           arg("top_p") = 1.0, arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1)
       .def("sample", &sample, arg("ctx"), arg("logits"), arg("slots"), arg("positions"));
 

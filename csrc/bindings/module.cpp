@@ -1,4 +1,6 @@
 // pyengine._C: the only C++ that knows Python. Documented in pyengine/_C/__init__.pyi.
+#include <cstdlib>
+
 #include "bindings/bindings.h"
 #include "core/cpu_count.h"
 #include "core/errors.h"
@@ -86,12 +88,14 @@ PYBIND11_MODULE(_C, m) {
   options.disable_function_signatures();
   m.doc() = "Kernels, model, KV cache and sampler of pyengine; documented in the stubs beside it.";
   m.attr("BLOCK_TOKENS") = kBlockTokens;
+  m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
   py::register_local_exception_translator(translate);
   m.def("available_isas", [] { return cpu::available_isas(); });
   m.def("default_num_threads", [] { return usable_cpus(); });
   py::class_<PyExecContext>(m, "ExecContext")
       .def(py::init([](int num_threads, const std::optional<std::string>& isa) {
-             return std::make_unique<PyExecContext>(num_threads, isa ? isa->c_str() : nullptr);
+             const char* name = isa ? isa->c_str() : std::getenv("PYENGINE_ISA");
+             return std::make_unique<PyExecContext>(num_threads, name);
            }),
            py::arg("num_threads") = 0, py::arg("isa") = py::none())
       .def_property_readonly("num_threads",

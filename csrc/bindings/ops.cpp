@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <optional>
+#include <set>
 
 #include "bindings/bindings.h"
 #include "core/errors.h"
@@ -56,10 +57,17 @@ const float* bias_from(const OptionalFloats& bias, int64_t n) {
 }
 
 void require_dense(const Operand& x, const ops::Weight& w) {
+  require(w.in_features >= 1 && w.out_features >= 1, "w must not be empty");
   require(x.dtype == w.dtype, "x and w must have one dtype");
   require(x.shape(1) == w.in_features, "x has " + std::to_string(x.shape(1)) +
                                            " columns, but w takes " +
                                            std::to_string(w.in_features));
+}
+
+DType out_dtype_from(const std::string& name) {
+  const DType dtype = dtype_from(name);
+  require(dtype != DType::f16, "out_dtype must be float32 or bfloat16");
+  return dtype;
 }
 
 // Runs `f` without the GIL, alone on the context.
@@ -110,7 +118,7 @@ py::array layer_norm(PyExecContext& ctx, const FloatArray& x, const FloatArray& 
   if (!rows.is_none()) chosen = Int32View(rows, "rows").copy();
   for (int32_t row : chosen) require(row >= 0 && row < x.shape(0), "a row does not exist");
   const int64_t num_rows = rows.is_none() ? x.shape(0) : static_cast<int64_t>(chosen.size());
-  const DType dtype = dtype_from(out_dtype);
+  const DType dtype = out_dtype_from(out_dtype);
   py::array out = empty({num_rows, channels}, dtype);
   void* data = out.mutable_data();
   compute(ctx, [&](ExecContext& c) {
@@ -128,7 +136,7 @@ py::array linear(PyExecContext& ctx, const py::array& x, const py::array& w,
   require_dense(input, weight);
   const float* b = bias_from(bias, weight.out_features);
   const ops::Activation act = activation_from(activation);
-  const DType dtype = dtype_from(out_dtype);
+  const DType dtype = out_dtype_from(out_dtype);
   py::array out = empty({input.shape(0), weight.out_features}, dtype);
   void* data = out.mutable_data();
   compute(ctx, [&](ExecContext& c) {
@@ -179,7 +187,7 @@ py::array attention(PyExecContext& ctx, const FloatArray& q, const Batch& batch,
   require(q.ndim() == 2, "q must have 2 axes");
   require_batch(batch, kv, q.shape(0), q.shape(1));
   const KVLayerView view = layer_of(kv, layer);
-  const DType dtype = dtype_from(out_dtype);
+  const DType dtype = out_dtype_from(out_dtype);
   py::array out = empty({q.shape(0), q.shape(1)}, dtype);
   void* data = out.mutable_data();
   compute(ctx, [&](ExecContext& c) {
@@ -216,8 +224,16 @@ py::tuple score_rows(PyExecContext& ctx, const py::array& x, const py::array& he
 void copy_blocks(PyExecContext& ctx, PyKVCache& kv, int32_t layer, py::handle pairs) {
   Int32View view(pairs, "pairs");
   require(view.size() % 2 == 0, "pairs must hold sources and destinations");
-  for (int32_t block : view) {
+  std::set<int32_t> sources, destinations;
+  for (int64_t i = 0; i < view.size(); ++i) {
+    const int32_t block = view.begin()[i];
     require(block >= 0 && block < kv.cache.num_blocks(), "a block does not exist");
+    const bool is_new = (i % 2 == 0 ? sources : destinations).insert(block).second;
+    require(is_new || i % 2 == 0, "block " + std::to_string(block) + " is copied to twice");
+  }
+  for (int32_t block : destinations) {
+    require(sources.count(block) == 0,
+            "block " + std::to_string(block) + " is copied both from and to");
   }
   const KVLayerView cache = layer_of(kv, layer);
   compute(ctx, [&](ExecContext& c) {

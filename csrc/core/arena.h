@@ -43,6 +43,13 @@ class Arena {
 
   void* take_bytes(size_t bytes) {
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (top_.chunk == 0 && top_.offset == 0 && chunks_.size() > 1) {
+      // Nothing is in use: one chunk of the whole size serves this step without gaps. Here, not
+      // where the memory is given back: a destructor may not throw OutOfMemory.
+      const size_t total = capacity() > bytes ? capacity() : bytes;
+      chunks_.clear();
+      chunks_.emplace_back(total);
+    }
     while (top_.chunk < chunks_.size() && chunks_[top_.chunk].size() - top_.offset < bytes) {
       top_ = {top_.chunk + 1, 0};
     }
@@ -56,15 +63,7 @@ class Arena {
     return p;
   }
 
-  void release_to(Mark mark) {
-    top_ = mark;
-    if (mark.chunk == 0 && mark.offset == 0 && chunks_.size() > 1) {
-      // Nothing is in use: one chunk of the whole size serves the next step without gaps.
-      size_t total = capacity();
-      chunks_.clear();
-      chunks_.emplace_back(total);
-    }
-  }
+  void release_to(Mark mark) noexcept { top_ = mark; }
 
   static constexpr size_t kAlignment = AlignedBuffer::kAlignment;
   static constexpr size_t kFirstChunk = size_t{1} << 18;

@@ -49,7 +49,9 @@ void AlignedBuffer::reset() noexcept {
 }
 
 LazyMapping::LazyMapping(size_t bytes) : size_(bytes) {
-  if (bytes > 0) data_ = map_anonymous(bytes, "the KV cache");
+  if (bytes == 0) return;
+  data_ = map_anonymous(bytes, "the KV cache");
+  madvise(data_, bytes, MADV_NOHUGEPAGE);  // a kernel without huge pages refuses: no error
 }
 
 LazyMapping::~LazyMapping() {

@@ -40,7 +40,7 @@ class AlignedBuffer {
   size_t size_ = 0;
 };
 
-// An anonymous mapping of zero pages that cost nothing until they are touched.
+// An anonymous mapping of zero pages of 4 KB that cost nothing until they are touched.
 class LazyMapping {
  public:
   LazyMapping() = default;

@@ -13,13 +13,14 @@ namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
 
 constexpr int kBlockVectors = 16 / kLanes;  // of a KV block's tokens
-constexpr int kMaxHeadDimV = 256;
+
+static_assert(kMaxHeadDim % 16 == 0, "rows of AttentionState::out hold head_dim_v channels");
 
 // What the rows of one item carry from tile to tile. Rows are padded with copies of the last one.
 template <int kRows>
 struct alignas(64) AttentionState {
   float scores[kRows][ops::kKeyTile];
-  float out[kRows][kMaxHeadDimV];
+  float out[kRows][kMaxHeadDim];
   float max[kRows];
   float sum[kRows];
   float correction[kRows];

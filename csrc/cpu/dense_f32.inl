@@ -3,7 +3,7 @@
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
 
-// y[0, 16 kVectors) of one row over K; the last vector has `last` columns.
+// y[0, kLanes kVectors) of one row over K; the last vector has `last` columns.
 template <int kVectors>
 static void multiply_strip_f32(const float* x, const float* w, int64_t ldw, int64_t in_features,
                                float* y, int last = kLanes) {

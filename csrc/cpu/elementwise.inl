@@ -85,7 +85,7 @@ static void max_sum_exp(const float* x, int64_t n, float* max_out, float* sum_ou
     best = max(best, n - i >= kLanes ? v : keep_first(v, static_cast<int>(n - i), best));
   }
   const float highest = max_of(best);
-  const Vf shift = set1(highest);
+  const Vf shift = set1(highest == -__builtin_inff() ? 0.0f : highest);
   *max_out = highest;
   *sum_out =
       sum_over(x, n, [shift](Vf v) __attribute__((always_inline)) { return exp(sub(v, shift)); });

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "kv/layout.h"
 #include "ops/types.h"
 
 namespace pyengine::cpu {
@@ -89,7 +90,8 @@ struct Kernels {
   void (*add_rows)(const void* a, const void* b, DType dtype, int64_t n, float* out);
   void (*convert)(const void* src, DType src_dtype, void* dst, DType dst_dtype, int64_t n);
 
-  // max x[i] and sum exp(x[i] - max), in a fixed order.
+  // max x[i] and sum exp(x[i] - max), in a fixed order; the sum is 0 if all are -infinity, NaN if
+  // one is NaN or +infinity.
   void (*max_sum_exp)(const float* x, int64_t n, float* max, float* sum);
   // Indices i with x[i] >= threshold, rising; returns how many. `indices` holds n.
   int64_t (*select_at_least)(const float* x, int64_t n, float threshold, int32_t* indices);

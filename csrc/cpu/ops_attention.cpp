@@ -1,7 +1,9 @@
 // attention and copy_blocks of ops.h.
 #include <algorithm>
 #include <cstring>
+#include <string>
 
+#include "core/errors.h"
 #include "cpu/kernels.h"
 #include "ops/ops.h"
 
@@ -10,6 +12,10 @@ namespace pyengine::ops {
 void attention(ExecContext& ctx, const float* q, const RaggedBatch& batch, const KVLayerView& cache,
                float scale, void* out, DType out_dtype) {
   const KVLayout& layout = cache.layout;
+  if (layout.head_dim > kMaxHeadDim) {
+    throw ConfigError("attention: head_dim is " + std::to_string(layout.head_dim) +
+                      ", but must be at most " + std::to_string(kMaxHeadDim));
+  }
   cpu::AttentionJob job;
   job.q = q;
   job.positions = batch.positions;

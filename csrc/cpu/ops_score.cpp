@@ -15,8 +15,12 @@ namespace {
 constexpr int64_t kScoreItemRows = 256;  // 384 KB of logits per worker
 constexpr int64_t kTile = cpu::kMaxItemColumns;
 
-bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
-  return logit_a > logit_b || (logit_a == logit_b && id_a < id_b);
+// log sum exp of a row from the results of max_sum_exp of its tiles.
+double combine(const float* maxima, const float* sums, int64_t tiles) {
+  const double highest = *std::max_element(maxima, maxima + tiles);
+  double total = 0.0;
+  for (int64_t i = 0; i < tiles; ++i) total += sums[i] * std::exp(maxima[i] - highest);
+  return highest + std::log(total);
 }
 
 // The n best (logit, id), best first.
@@ -101,12 +105,7 @@ void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight&
   });
 
   ctx.pool.parallel_for(num_rows, [&](int64_t row, int) {
-    const float* maxima = tile_max + row * tiles;
-    const float* sums = tile_sum + row * tiles;
-    const double highest = *std::max_element(maxima, maxima + tiles);
-    double total = 0.0;
-    for (int64_t i = 0; i < tiles; ++i) total += sums[i] * std::exp(maxima[i] - highest);
-    const double log_sum = highest + std::log(total);
+    const double log_sum = combine(tile_max + row * tiles, tile_sum + row * tiles, tiles);
     logprobs[row] = static_cast<float>(target_logits[row] - log_sum);
     if (top_n == 0) return;
     TopList merged = top_list(0, row);
@@ -120,6 +119,24 @@ void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight&
       top_logprobs[row * top_n + i] = exists ? static_cast<float>(merged.logits[i] - log_sum)
                                              : -std::numeric_limits<float>::infinity();
     }
+  });
+}
+
+void log_sum_exp(ExecContext& ctx, const float* logits, int64_t vocab_size, const int32_t* rows,
+                 int64_t num_rows, double* out) {
+  ArenaScope scope(ctx.arena);
+  const int64_t tiles = (vocab_size + kTile - 1) / kTile;
+  float* tile_max = ctx.arena.take<float>(num_rows * tiles);
+  float* tile_sum = ctx.arena.take<float>(num_rows * tiles);
+  ctx.pool.parallel_for(num_rows, [&](int64_t r, int) {
+    const float* x = logits + rows[r] * vocab_size;
+    float* maxima = tile_max + r * tiles;
+    float* sums = tile_sum + r * tiles;
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t n = std::min(kTile, vocab_size - i * kTile);
+      ctx.kernels.max_sum_exp(x + i * kTile, n, &maxima[i], &sums[i]);
+    }
+    out[r] = combine(maxima, sums, tiles);
   });
 }
 

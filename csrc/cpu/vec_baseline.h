@@ -1,16 +1,19 @@
 // The vector vocabulary that kernels (*.inl) are written in, here in the compiler's portable
 // vectors of 4 lanes: SSE2 on x86-64, NEON on aarch64.
 //
+// clang-format off
 //   Vf, Vi            kLanes floats, kLanes 32-bit integers
-//   load, store       any alignment; with n: the first n lanes only, the rest zero, nothing else
-//   touched fma(a, b, c)      a * b + c, rounded once where the hardware can, else after the
-//   product max, min          the second operand if either is NaN keep_first        the first n
-//   lanes of a, then those of `rest`; any n at_least_bits     bit i: a[i] >= b[i] low_half,
-//   high_half, load_bf16, store_bf16   bf16 in the halves of a word, or packed (stored rounded
-//                     to nearest even)
+//   load, store       any alignment; with n: the first n lanes only, the rest zero, nothing else touched
+//   fma(a, b, c)      a * b + c, rounded once where the hardware can, else after the product
+//   max, min          the second operand if either is NaN
+//   keep_first        the first n lanes of a, then those of `rest`; any n
+//   at_least_bits     bit i: a[i] >= b[i]
+//   low_half, high_half, load_bf16, store_bf16
+//                     bf16 in the halves of a word, or packed (stored rounded to nearest even)
 //   sum, max_of       over lanes, in a fixed order
 //   transpose         kLanes x kLanes words in place
 //   interleave        lanes 0 2 4 … in a, 1 3 5 … in b -> the first and the second half in order
+// clang-format on
 //
 // In each vec_*.h the constants say how kernels are tiled for its number of registers.
 #pragma once
@@ -36,8 +39,8 @@ constexpr int kTileRows = 8;  // 8 x 2 accumulators of 32 registers
 constexpr int kStripVectors = 24;
 constexpr int kAttentionRows = 6;
 #else
-constexpr int kTileRows =
-    4;  // 4 x 2 accumulators, 2 of the panel, x and its product: 12 of 16 registers
+// 4 x 2 accumulators, 2 of the panel, x and its product: 12 of 16 registers
+constexpr int kTileRows = 4;
 constexpr int kStripVectors = 12;
 constexpr int kAttentionRows = 3;
 #endif

@@ -22,6 +22,10 @@ KVCache::KVCache(int32_t n_layer, const KVLayout& layout, int32_t num_blocks)
   require_positive("n_layer", n_layer);
   require_positive("n_head", layout.n_head);
   require_positive("head_dim", layout.head_dim);
+  if (layout.head_dim > kMaxHeadDim) {
+    throw ConfigError("KV cache: head_dim is " + std::to_string(layout.head_dim) +
+                      ", but must be at most " + std::to_string(kMaxHeadDim));
+  }
   require_positive("num_blocks", num_blocks);
   if (layout.dtype == DType::f16) {
     throw ConfigError("KV cache: the dtype is float16, but must be float32 or bfloat16");

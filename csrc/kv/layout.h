@@ -19,6 +19,7 @@
 namespace pyengine {
 
 constexpr int kBlockTokens = 16;
+constexpr int kMaxHeadDim = 256;  // channels of a head: attention keeps its sums on the stack
 
 struct KVLayout {
   DType dtype = DType::f32;  // f32 or bf16

@@ -29,6 +29,10 @@ void GPT2Config::require_valid() const {
   require(vocab_size >= 1, "vocab_size", vocab_size, positive);
   require(n_embd % n_head == 0, "n_embd", n_embd,
           ("a multiple of n_head, " + number(n_head)).c_str());
+  if (head_dim() > kMaxHeadDim) {
+    throw ConfigError("config: n_embd / n_head is " + number(head_dim()) +
+                      " channels per head, but must be at most " + number(kMaxHeadDim));
+  }
   if (!(layer_norm_epsilon >= 0) || !std::isfinite(layer_norm_epsilon)) {
     throw ConfigError("config: layer_norm_epsilon is " + std::to_string(layer_norm_epsilon) +
                       ", but must be a number of at least 0");
@@ -180,6 +184,13 @@ void GPT2::score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_
   const void* h = hidden_states(ctx, kv, batch, rows, num_rows);
   if (num_rows == 0) return;
   ops::score_rows(ctx, h, num_rows, head_, targets, top_n, logprobs, top_ids, top_logprobs);
+  for (int32_t r = 0; r < num_rows; ++r) {
+    if (!std::isnan(logprobs[r])) continue;
+    throw InternalError("the logits of row " + number(rows[r]) + ", at position " +
+                        number(batch.view().positions[rows[r]]) +
+                        ", hold NaN or infinity: the weights are damaged, or too large for their "
+                        "dtype");
+  }
 }
 
 }  // namespace pyengine

@@ -62,7 +62,7 @@ class GPT2 {
                int32_t num_rows, float* logits);
 
   // Log-probabilities (R,) of `targets` after `rows`, and the top_n best tokens (R, top_n) with
-  // theirs.
+  // theirs. Throws InternalError naming the row and the position whose logits are not numbers.
   void score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
              int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
              int32_t* top_ids, float* top_logprobs);
@@ -84,7 +84,10 @@ class GPT2 {
   struct Activations {
     AlignedBuffer buffer;
     void* reserve(size_t bytes) {
-      if (buffer.size() < bytes) buffer = AlignedBuffer(bytes);
+      if (buffer.size() < bytes) {
+        buffer = AlignedBuffer();  // first free the old one: never both at once
+        buffer = AlignedBuffer(bytes);
+      }
       return buffer.data();
     }
     float* f32(int64_t elements) { return static_cast<float*>(reserve(elements * sizeof(float))); }

@@ -12,8 +12,8 @@
 //                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
 //                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
 //                  back ends without FMA round the product first; a short last block ends early)
-//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from tile to
-//   tile
+//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from one tile
+//                  to the next
 #pragma once
 
 #include <cstdint>
@@ -76,17 +76,25 @@ void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
 // out[t, h] = softmax(scale * q[t, h] . keys[h]) values[h] over the tokens at positions <=
 // positions[t] of t's sequence, keys and values as stored in the cache (so after qkv of the same
 // layer).
-//   q (T, C) f32; out (T, C) of out_dtype
+//   q (T, C) f32; out (T, C) of out_dtype; ConfigError if head_dim > kMaxHeadDim
 void attention(ExecContext& ctx, const float* q, const RaggedBatch& batch, const KVLayerView& cache,
                float scale, void* out, DType out_dtype);
 
 // Log-probability of one target per row and the top_n best tokens of the row, without a (R, V)
 // matrix: the head is tiled over V and the log-sum-exp carried from tile to tile in order.
 //   x (R, C) act; targets (R,) in [0, V); logprobs (R,); top_ids, top_logprobs (R, top_n), best
-//   first, ties by lower id; top_n 0..64
+//   first, ties by lower id, after the last of V < top_n tokens -1; top_n 0..64. A row
+//   whose logits are not numbers has NaN for log-probabilities.
 void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& head,
                 const int32_t* targets, int32_t top_n, float* logprobs, int32_t* top_ids,
                 float* top_logprobs);
+
+// out[i] = log sum exp of logits[rows[i]], reduced in the tiles and the order of score_rows, so
+// that both give one log-probability bit for bit. NaN for a row that holds NaN or +infinity, or is
+// all -infinity.
+//   logits (*, V) f32; out (R,)
+void log_sum_exp(ExecContext& ctx, const float* logits, int64_t vocab_size, const int32_t* rows,
+                 int64_t num_rows, double* out);
 
 // dst blocks = src blocks, for n pairs (src, dst); no block is both read and written.
 void copy_blocks(ExecContext& ctx, const KVLayerView& cache, const int32_t* pairs, int64_t n);

@@ -1,5 +1,5 @@
-// The plain types and constants of ops.h: no code, so that files compiled for one instruction set
-// may include them (csrc/cpu/kernels.h).
+// The plain types and constants of ops.h: nothing that leaves code behind, so that files compiled
+// for one instruction set may include them (csrc/cpu/kernels.h).
 #pragma once
 
 #include <cstdint>
@@ -21,5 +21,10 @@ enum class WeightLayout : uint8_t {
   in_out,  // (K, N), N contiguous: Conv1D as Hugging Face stores it
   out_in,  // (N, K), K contiguous: the output head, tied to the token embedding or not
 };
+
+// The order in which tokens are preferred: higher logit, then lower id.
+constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
+  return logit_a > logit_b || (logit_a == logit_b && id_a < id_b);
+}
 
 }  // namespace pyengine::ops

@@ -142,8 +142,6 @@ double Row::all_weights(float temperature) {
   return total;
 }
 
-double Row::log_sum_exp() { return max_ + std::log(all_weights(1.0f)); }
-
 int32_t Row::draw_from_all(double target) const {
   double sum = 0;
   size_t block = 0,

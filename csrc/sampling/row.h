@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "ops/types.h"
+
 namespace pyengine::sampling {
 
 struct Candidate {
@@ -15,9 +17,8 @@ struct Candidate {
   float weight;  // exp((logit - max) / temperature)
 };
 
-// The order in which tokens are preferred: higher logit, then lower id.
 inline bool better(const Candidate& a, const Candidate& b) {
-  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+  return ops::better(a.logit, a.id, b.logit, b.id);
 }
 
 // exp(x) for x <= 0, relative error below 2e-7; 0 below -87. Branch-free, so that loops vectorise.
@@ -37,9 +38,6 @@ class Row {
 
   float max() const { return max_; }
   int32_t argmax() const;  // the lowest id of equals
-
-  // log sum exp(logits)
-  double log_sum_exp();
 
   // The k best tokens and all that tie with the last of them, ids rising; weights unset.
   void select_top_k(int32_t k, std::vector<Candidate>& out);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/errors.h"
+#include "ops/ops.h"
 #include "sampling/philox.h"
 
 namespace pyengine {
@@ -97,35 +98,49 @@ void Sampler::sample(ExecContext& ctx, const float* logits, int64_t num_rows, in
     workspaces_.resize(ctx.pool.num_threads());
   }
   ctx.pool.parallel_for(num_rows, [&](int64_t r, int worker) {
-    sample_row(workspaces_[worker], logits + r * vocab_size, vocab_size, slots[r], positions[r], r,
-               result);
+    sample_row(workspaces_[worker], logits + r * vocab_size, vocab_size, slots_[slots[r]],
+               positions[r], r, result);
+  });
+  scored_rows_.clear();
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const bool wanted = slots_[slots[r]].logprobs >= 0;
+    if (wanted && result.token_ids[r] != StepResult::kNotFinite) {
+      scored_rows_.push_back(static_cast<int32_t>(r));
+    }
+  }
+  if (scored_rows_.empty()) return;
+  log_totals_.resize(scored_rows_.size());
+  const auto num_scored = static_cast<int64_t>(scored_rows_.size());
+  ops::log_sum_exp(ctx, logits, vocab_size, scored_rows_.data(), num_scored, log_totals_.data());
+  ctx.pool.parallel_for(num_scored, [&](int64_t i, int worker) {
+    const int32_t r = scored_rows_[i];
+    add_logprobs(workspaces_[worker], logits + static_cast<int64_t>(r) * vocab_size, vocab_size,
+                 log_totals_[i], slots_[slots[r]].logprobs, r, result);
   });
 }
 
 void Sampler::sample_row(Workspace& workspace, const float* logits, int32_t vocab_size,
-                         int32_t slot, int32_t position, int64_t r, StepResult& result) const {
-  const SlotParams& params = slots_[slot];
+                         const SlotParams& params, int32_t position, int64_t r,
+                         StepResult& result) {
   Row& row = workspace.row;
   if (!row.load(logits, vocab_size)) {
-    throw InternalError(
-        "the logits of request slot " + std::to_string(slot) + " at position " +
-        std::to_string(position) +
-        " hold NaN or infinity: the weights are damaged, or too large for their dtype");
+    result.token_ids[r] = StepResult::kNotFinite;
+  } else if (params.temperature == 0.0f) {
+    result.token_ids[r] = row.argmax();
+  } else {
+    const double u = uniform(params.seed, static_cast<uint32_t>(position), params.sample_index);
+    result.token_ids[r] = choose(row, workspace.candidates, params, vocab_size, u);
   }
-  int32_t token =
-      params.temperature == 0.0f
-          ? row.argmax()
-          : choose(row, workspace.candidates, params, vocab_size,
-                   uniform(params.seed, static_cast<uint32_t>(position), params.sample_index));
-  result.token_ids[r] = token;
-  if (params.logprobs < 0) return;
+}
 
-  const double log_total = row.log_sum_exp();
-  result.logprobs[r] = static_cast<float>(logits[token] - log_total);
-  if (params.logprobs == 0) return;
+void Sampler::add_logprobs(Workspace& workspace, const float* logits, int32_t vocab_size,
+                           double log_total, int32_t top_n, int64_t r, StepResult& result) {
+  result.logprobs[r] = static_cast<float>(logits[result.token_ids[r]] - log_total);
+  const int32_t count = std::min(top_n, vocab_size);
+  if (count == 0) return;
   std::vector<Candidate>& best = workspace.candidates;
-  int32_t count = std::min(params.logprobs, vocab_size);
-  row.select_top_k(count, best);
+  workspace.row.load(logits, vocab_size);
+  workspace.row.select_top_k(count, best);
   std::partial_sort(best.begin(), best.begin() + count, best.end(), sampling::better);
   for (int32_t i = 0; i < count; ++i) {
     result.top_logprobs[r].emplace_back(best[i].id, static_cast<float>(best[i].logit - log_total));

@@ -20,7 +20,11 @@ struct SlotParams {
 };
 
 struct StepResult {
-  std::vector<int32_t> token_ids;  // (R,)
+  // Instead of a token: the row's logits hold NaN or +infinity, or are all -infinity. The other
+  // rows are not affected.
+  static constexpr int32_t kNotFinite = -1;
+
+  std::vector<int32_t> token_ids;  // (R,) kNotFinite: see there
   std::vector<float> logprobs;     // (R,) NaN where none were asked for
   // (R, n of each) token id, log-probability; best first, equals by lower id
   std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
@@ -37,8 +41,8 @@ class Sampler {
   void require_slot(int32_t slot) const;
 
   // One token per row of logits (R, vocab_size). The random number of row r depends on its slot's
-  // seed and sample_index and on positions[r], the position that the new token will have. Throws
-  // InternalError naming the slot whose logits are not numbers; then there is no result.
+  // seed and sample_index and on positions[r], the position that the new token will have.
+  // A row whose logits are not numbers gets kNotFinite.
   void sample(ExecContext& ctx, const float* logits, int64_t num_rows, int32_t vocab_size,
               const int32_t* slots, const int32_t* positions, StepResult& result);
 
@@ -48,11 +52,15 @@ class Sampler {
     std::vector<sampling::Candidate> candidates;
   };
 
-  void sample_row(Workspace& workspace, const float* logits, int32_t vocab_size, int32_t slot,
-                  int32_t position, int64_t r, StepResult& result) const;
+  static void sample_row(Workspace& workspace, const float* logits, int32_t vocab_size,
+                         const SlotParams& params, int32_t position, int64_t r, StepResult& result);
+  static void add_logprobs(Workspace& workspace, const float* logits, int32_t vocab_size,
+                           double log_total, int32_t top_n, int64_t r, StepResult& result);
 
   std::vector<SlotParams> slots_;
   std::vector<Workspace> workspaces_;  // one per worker, grown once
+  std::vector<int32_t> scored_rows_;
+  std::vector<double> log_totals_;
 };
 
 }  // namespace pyengine

@@ -313,16 +313,63 @@ TEST(bad_batches_are_refused_before_memory_is_touched) {
       ConfigError, "KV cache");
 }
 
-TEST(numbers_that_are_none_end_the_step) {
+TEST(numbers_that_are_none_mark_one_sequence) {
   const GPT2Config config = tiny();
   Checkpoint checkpoint(config);
-  checkpoint.storage.back()[3] = std::numeric_limits<float>::quiet_NaN();  // ln_f.bias
+  auto& wpe = checkpoint.storage[1];
+  wpe[5 * config.n_embd + 3] = std::numeric_limits<float>::quiet_NaN();  // position 5
   Context c(2);
   GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
   KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
-  Sampler sampler(2);
-  int32_t slot = 1;
-  StepResult result;
-  CHECK_THROWS(model.step(c.ctx, kv, sampler, Batch({1}, {0}, {0, 1}, {1}, {0}, {}), &slot, result),
-               InternalError, "slot 1");
+  Sampler sampler(3);
+  for (int32_t slot = 0; slot < 3; ++slot) sampler.set(slot, {0.0f, 0, 1.0, 0, 0, 1});
+  const auto tokens = random_tokens(3, 6, config.vocab_size);
+  auto step = [&](const std::vector<int>& lengths) {
+    BatchBuilder builder;
+    std::vector<int32_t> slots;
+    for (size_t b = 0; b < lengths.size(); ++b) {
+      builder.add(tokens, 0, lengths[b], {static_cast<int32_t>(b)});
+      slots.push_back(static_cast<int32_t>(b));
+    }
+    StepResult result;
+    model.step(c.ctx, kv, sampler, builder.build(), slots.data(), result);
+    return result;
+  };
+  const StepResult good = step({5, 4}), result = step({5, 6, 4});
+  CHECK(result.token_ids[0] >= 0);
+  CHECK(result.token_ids ==
+        (std::vector<int32_t>{good.token_ids[0], StepResult::kNotFinite, good.token_ids[1]}));
+  CHECK_EQ(result.logprobs[2], good.logprobs[1]);
+}
+
+TEST(heads_are_at_most_256_channels) {
+  GPT2Config config = tiny();
+  config.n_layer = 1;
+  config.n_head = 1;
+  config.n_inner = 8;
+  for (int channels : {256, 257}) {
+    config.n_embd = channels;
+    Checkpoint checkpoint(config);
+    Context c(2);
+    if (channels > kMaxHeadDim) {
+      CHECK_THROWS(GPT2(c.ctx, config, checkpoint.tensors, DType::f32), ConfigError,
+                   "257 channels");
+      CHECK_THROWS(KVCache(1, layout_of(config, DType::f32), 4), ConfigError, "head_dim is 257");
+      const std::vector<float> q(channels);
+      std::vector<float> out(channels), cache(16 * 2 * 272);
+      const KVLayerView view{layout_of(config, DType::f32), cache.data(), 1};
+      const Batch batch({1}, {0}, {0, 1}, {1}, {0}, {});
+      CHECK_THROWS(
+          ops::attention(c.ctx, q.data(), batch.view(), view, 1.0f, out.data(), DType::f32),
+          ConfigError, "head_dim is 257");
+      continue;
+    }
+    for (DType dtype : {DType::f32, DType::bf16}) {
+      GPT2 model(c.ctx, config, checkpoint.tensors, dtype);
+      const auto tokens = random_tokens(2, 40, config.vocab_size);
+      const auto whole = logits_alone(model, c, tokens, 40, dtype);
+      CHECK(std::all_of(whole.begin(), whole.end(), [](float x) { return std::isfinite(x); }));
+      CHECK(same_bits(logits_alone(model, c, tokens, 7, dtype), whole));
+    }
+  }
 }

@@ -174,26 +174,37 @@ TEST(extreme_parameters_stay_in_range) {
   }
 }
 
-TEST(bad_logits_name_the_slot) {
+TEST(bad_logits_mark_their_row_alone) {
   Fixture f(2);
   Sampler sampler(5);
+  SlotParams with_logprobs;
+  with_logprobs.logprobs = 4;
+  for (int32_t slot : {1, 2, 3}) sampler.set(slot, with_logprobs);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
   for (float bad : {nan, -nan, inf}) {
     for (int at : {0, 63, 64, 199, 200}) {
-      auto logits = random_logits(1, 201, 1.0f);
-      logits[at] = bad;
-      int32_t slot = 3, position = 9;
-      StepResult result;
-      CHECK_THROWS(sampler.sample(f.ctx, logits.data(), 1, 201, &slot, &position, result),
-                   InternalError, "slot 3");
+      auto logits = random_logits(1, 3 * 201, 1.0f);
+      const std::vector<int32_t> slots{1, 3, 2}, positions{9, 9, 9};
+      StepResult good, result;
+      sampler.sample(f.ctx, logits.data(), 3, 201, slots.data(), positions.data(), good);
+      logits[201 + at] = bad;
+      sampler.sample(f.ctx, logits.data(), 3, 201, slots.data(), positions.data(), result);
+      CHECK_EQ(result.token_ids[1], StepResult::kNotFinite);
+      CHECK(std::isnan(result.logprobs[1]));
+      CHECK(result.top_logprobs[1].empty());
+      for (int r : {0, 2}) {
+        CHECK_EQ(result.token_ids[r], good.token_ids[r]);
+        CHECK_EQ(result.logprobs[r], good.logprobs[r]);
+        CHECK(result.top_logprobs[r] == good.top_logprobs[r]);
+      }
     }
   }
   std::vector<float> masked(40, -inf);
   int32_t slot = 2, position = 0;
   StepResult result;
-  CHECK_THROWS(sampler.sample(f.ctx, masked.data(), 1, 40, &slot, &position, result), InternalError,
-               "slot 2");
+  sampler.sample(f.ctx, masked.data(), 1, 40, &slot, &position, result);
+  CHECK_EQ(result.token_ids[0], StepResult::kNotFinite);
 }
 
 TEST(parameters_are_checked) {

@@ -21,6 +21,9 @@ _Int32Buffer: TypeAlias = Buffer | npt.NDArray[np.int32]
 BLOCK_TOKENS: int
 """Tokens of one KV block (16)."""
 
+MAX_HEAD_DIM: int
+"""Largest ``n_embd / n_head`` (256); ``ConfigError`` above it."""
+
 def available_isas() -> list[str]:
     """Instruction sets this processor can run, slowest first, e.g. ``["baseline", "avx2", "avx512"]``."""
 
@@ -117,7 +120,7 @@ class Sampler:
         self,
         slot: int,
         *,
-        temperature: float = 1.0,  # 0: greedy
+        temperature: float = 1.0,  # 0: greedy; refused if float32 makes it infinite or 0
         top_k: int = 0,  # 0: all
         top_p: float = 1.0,
         seed: int = 0,  # 64 bits
@@ -130,14 +133,16 @@ class Sampler:
         """Sample one token per row of logits (R, V); for tests and custom processors.
 
         ``slots`` (R,) int32; ``positions`` (R,) int32: the position each new token will have, which selects
-        the random number. ``InternalError`` names the slot whose logits are NaN or infinite.
+        the random number.
         """
 
 class StepResult:
     """Result of one step, in the order of the sequences that sampled (request_slot >= 0)."""
 
     @property
-    def token_ids(self) -> list[int]: ...
+    def token_ids(self) -> list[int]:
+        """-1 for a row whose logits hold NaN or +infinity, or are all -infinity: nothing can be drawn from
+        them. Its log-probability is NaN, its list of best tokens empty; the other rows are not affected."""
     @property
     def logprobs(self) -> list[float]:
         """Log-probability of each token under the model's distribution (temperature 1, nothing cut off);
@@ -175,4 +180,5 @@ class Model:
         self, kv: KVCache, batch: Batch, rows: _Int32Buffer, targets: _Int32Buffer, top_n: int = 0
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Log-probability (R,) of ``targets`` after ``rows``; ids and log-probabilities (R, top_n) of the
-        top_n (0 to 64) best tokens."""
+        top_n (0 to 64, at most V) best tokens; bit for bit what ``step`` reports for the same tokens.
+        ``InternalError`` names the row and the position whose logits hold NaN or infinity."""

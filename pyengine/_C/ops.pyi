@@ -86,7 +86,9 @@ def score_rows(
     (R, top_n), best first; head (V, C)."""
 
 def copy_blocks(ctx: ExecContext, kv: KVCache, layer: int, pairs: _Int32Buffer) -> None:
-    """Copy blocks of one layer; pairs (2n,) int32: source, destination, source, ..."""
+    """Copy blocks of one layer; pairs (2n,) int32: source, destination, source, ...
+
+    No block is copied to twice, or both from and to."""
 
 def convert(ctx: ExecContext, src: npt.NDArray[Any], src_dtype: str, dst_dtype: str) -> npt.NDArray[Any]:
     """Element-wise conversion between "float32", "bfloat16" and "float16" (the last two as uint16)."""

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from pyengine import _C
 from pyengine.errors import ConfigError
 from pyengine.model.json_file import read_json_object, show
 
@@ -108,6 +109,11 @@ class GPT2Config:
                 f"vocab_size {self.vocab_size}, n_positions {self.n_positions}, n_embd {self.n_embd}, "
                 f"n_layer {self.n_layer} and n_inner {self.n_inner} make {self.num_parameters():,} "
                 f"parameters; at most {MAX_PARAMETERS:,} are supported"
+            )
+        if self.head_dim > _C.MAX_HEAD_DIM:
+            raise ConfigError(
+                f"n_embd is {self.n_embd} and n_head is {self.n_head}: heads of {self.head_dim} channels; "
+                f"pyengine's attention takes at most {_C.MAX_HEAD_DIM}"
             )
 
     def _normalise_token_ids(self) -> None:
@@ -218,8 +224,6 @@ class GPT2Config:
 
     def kv_bytes_per_token(self, dtype: str) -> int:
         """Bytes that one token takes in the KV cache, over all layers, padding of its layout included."""
-        from pyengine import _C
-
         return _C.KVCache.bytes_per_block(self.n_layer, self.n_head, self.head_dim, dtype) // _C.BLOCK_TOKENS
 
     def kernel_config(self) -> dict[str, Any]:

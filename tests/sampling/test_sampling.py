@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine._C import ExecContext, Sampler, StepResult
-from pyengine.errors import InternalError, RequestError
+from pyengine.errors import RequestError
 
 Logits = npt.NDArray[np.float32]
 Probabilities = npt.NDArray[np.float64]
@@ -181,17 +181,31 @@ def test_random_numbers_are_philox() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_name_the_slot(bad: float) -> None:
+def test_logits_that_are_no_numbers_mark_their_row_alone(bad: float) -> None:
     sampler = Sampler(4)
+    for slot in range(4):
+        sampler.set(slot, seed=slot, logprobs=2)
     logits = np.stack([random_logits(i, 300) for i in range(3)])
+    slots, positions = np.array([0, 2, 3], np.int32), np.array([5, 5, 5], np.int32)
+    good = sampler.sample(CTX, logits, slots, positions)
     logits[1, 270] = bad
-    with pytest.raises(InternalError, match="slot 2"):
-        sampler.sample(CTX, logits, np.array([0, 2, 3], np.int32), np.array([5, 5, 5], np.int32))
+    result = sampler.sample(CTX, logits, slots, positions)
+    assert result.token_ids == [good.token_ids[0], -1, good.token_ids[2]]
+    assert math.isnan(result.logprobs[1])
+    assert result.top_logprobs == [good.top_logprobs[0], [], good.top_logprobs[2]]
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 1.1), ("logprobs", -2)],
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", 1e39),  # infinite in float32
+        ("temperature", 1e-46),  # 0 in float32: it would be greedy
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("logprobs", -2),
+    ],
 )
 def test_parameters_are_checked(name: str, value: float) -> None:
     arguments: dict[str, Any] = {name: value}
