@@ -230,6 +230,7 @@ def test_use_after_fork_is_a_clear_error() -> None:
 
 
 MEMORY = """
+import os
 from array import array
 from pyengine import _C
 def resident():
@@ -241,6 +242,15 @@ model.step(t.kv_cache(), sampler, t.prompt(1, 2), array("i", [0]))
 before = resident()
 kv = _C.KVCache(2, 2, 8, 2_000_000, "float32")
 assert kv.num_blocks * kv.block_bytes > 10_000_000_000
+sizes, flags = [], []
+for line in open("/proc/self/smaps"):
+    if line.startswith("Size:"):
+        sizes.append(int(line.split()[1]))
+    elif line.startswith("VmFlags:"):
+        flags.append(line.split())
+if len(flags) == len(sizes) and os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+    [cache] = [f for size, f in zip(sizes, flags) if size > 10_000_000]
+    assert "nh" in cache, cache  # no huge pages: with them each layer of a request would touch 2 MB
 model.step(kv, sampler, t.prompt(1, 2), array("i", [0]))
 grown = resident() - before
 assert grown < 16_000_000, grown

@@ -214,7 +214,7 @@ TEST(steps_sample_the_last_tokens_of_those_that_ask) {
   float logprob = 0, top_logprob = 0;
   model.score(c.ctx, kv, batch, &row, 1, result.token_ids.data(), 1, &logprob, &top_id,
               &top_logprob);
-  CHECK(std::abs(logprob - result.logprobs[0]) < 1e-5f);
+  CHECK_EQ(logprob, result.logprobs[0]);  // one reduction
   CHECK_EQ(top_id, result.token_ids[0]);
 
   slots = {-1, -1};
@@ -340,6 +340,70 @@ TEST(numbers_that_are_none_mark_one_sequence) {
   CHECK(result.token_ids ==
         (std::vector<int32_t>{good.token_ids[0], StepResult::kNotFinite, good.token_ids[1]}));
   CHECK_EQ(result.logprobs[2], good.logprobs[1]);
+}
+
+TEST(generated_and_scored_log_probabilities_are_the_same_bits) {
+  GPT2Config config = tiny();
+  config.vocab_size = 1000;  // three tiles of the reduction
+  Checkpoint checkpoint(config);
+  Context c(3);
+  const int n = 40, top_n = 5;
+  const auto tokens = random_tokens(5, n, config.vocab_size);
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    GPT2 model(c.ctx, config, checkpoint.tensors, dtype);
+    KVCache kv(config.n_layer, layout_of(config, dtype), 8);
+    Sampler sampler(1);
+    std::vector<int32_t> rows, targets;
+    std::vector<float> logprobs(n), top(n * top_n), stepped, stepped_top;
+    std::vector<int32_t> top_ids(n * top_n), stepped_ids;
+    const int32_t slot = 0;
+    for (int i = 0; i < n; ++i) {
+      SlotParams params;
+      params.temperature = 0.1f * static_cast<float>(i % 3);
+      params.logprobs = top_n;
+      sampler.set(0, params);
+      BatchBuilder one;
+      one.add(tokens, i, i + 1, {4, 1, 6});
+      StepResult result;
+      model.step(c.ctx, kv, sampler, one.build(), &slot, result);
+      rows.push_back(i);
+      targets.push_back(result.token_ids[0]);
+      stepped.push_back(result.logprobs[0]);
+      for (auto [id, logprob] : result.top_logprobs[0]) {
+        stepped_ids.push_back(id);
+        stepped_top.push_back(logprob);
+      }
+    }
+    BatchBuilder all;
+    all.add(tokens, 0, n, {0, 2, 3});
+    model.score(c.ctx, kv, all.build(), rows.data(), n, targets.data(), top_n, logprobs.data(),
+                top_ids.data(), top.data());
+    CHECK(same_bits(logprobs, stepped));
+    CHECK(same_bits(top, stepped_top));
+    CHECK(top_ids == stepped_ids);
+  }
+}
+
+TEST(scores_of_numbers_that_are_none_name_the_row) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  checkpoint.storage[1][2 * config.n_embd] = std::numeric_limits<float>::quiet_NaN();  // position 2
+  Context c(2);
+  GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
+  KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
+  BatchBuilder builder;
+  builder.add(random_tokens(1, 2, config.vocab_size), 0, 2, {0});
+  builder.add(random_tokens(2, 3, config.vocab_size), 0, 3, {1});
+  const std::vector<int32_t> rows{0, 1, 2, 3, 4}, targets(5);
+  std::vector<float> logprobs(5), top(5);
+  std::vector<int32_t> ids(5);
+  auto score = [&](int32_t num_rows) {
+    model.score(c.ctx, kv, builder.build(), rows.data(), num_rows, targets.data(), 1,
+                logprobs.data(), ids.data(), top.data());
+  };
+  score(4);
+  CHECK(std::all_of(ids.begin(), ids.begin() + 4, [](int32_t id) { return id >= 0; }));
+  CHECK_THROWS(score(5), InternalError, "row 4, at position 2");
 }
 
 TEST(heads_are_at_most_256_channels) {

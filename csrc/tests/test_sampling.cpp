@@ -207,6 +207,24 @@ TEST(bad_logits_mark_their_row_alone) {
   CHECK_EQ(result.token_ids[0], StepResult::kNotFinite);
 }
 
+TEST(whole_tiles_of_masked_tokens_weigh_nothing) {
+  Fixture f(1);
+  Sampler sampler(1);
+  SlotParams p;
+  p.logprobs = 1;
+  sampler.set(0, p);
+  for (int at : {0, 500, 1199}) {
+    std::vector<float> logits(1200, -std::numeric_limits<float>::infinity());
+    logits[at] = 3.0f;
+    int32_t slot = 0, position = 1;
+    StepResult result;
+    sampler.sample(f.ctx, logits.data(), 1, 1200, &slot, &position, result);
+    CHECK_EQ(result.token_ids[0], at);
+    CHECK_EQ(result.logprobs[0], 0.0f);
+    CHECK_EQ(result.top_logprobs[0][0].second, 0.0f);
+  }
+}
+
 TEST(parameters_are_checked) {
   Sampler sampler(2);
   auto with = [](auto change) {

@@ -41,6 +41,9 @@ def test_dense_operands() -> None:
         ops.linear(CTX, x, zeros(3, 8).T)
     with pytest.raises(RequestError, match="x must be float32"):
         ops.linear(CTX, zeros(2, 8, dtype=np.float64), w)
+    for empty in (zeros(8, 0), zeros(0, 8)):
+        with pytest.raises(RequestError, match="w must not be empty"):
+            ops.linear(CTX, zeros(2, empty.shape[0]), empty)
     with pytest.raises(RequestError, match=r"residual must be \(R, N\)"):
         ops.linear_residual(CTX, x, w, None, zeros(2, 4))
 
@@ -73,5 +76,22 @@ def test_caches_and_blocks() -> None:
         ops.copy_blocks(CTX, kv, 0, int32(0, 3))
     with pytest.raises(RequestError, match="sources and destinations"):
         ops.copy_blocks(CTX, kv, 0, int32(0))
+    for pairs in (int32(1, 1), int32(0, 1, 1, 2), int32(1, 2, 0, 1)):
+        with pytest.raises(RequestError, match="block 1 is copied both from and to"):
+            ops.copy_blocks(CTX, kv, 0, pairs)
+    with pytest.raises(RequestError, match="block 2 is copied to twice"):
+        ops.copy_blocks(CTX, kv, 0, int32(0, 2, 1, 2))
+    ops.copy_blocks(CTX, kv, 0, int32(0, 1, 0, 2))  # one source may have several copies
     with pytest.raises(RequestError, match="src_dtype"):
         ops.convert(CTX, zeros(4), "bfloat16", "float32")
+
+
+def test_results_are_float32_or_bfloat16() -> None:
+    """float16 has no kernels: what was float32 would be written past the end of an array of halves."""
+    kv = _C.KVCache(1, 2, 4, 3, "float32")
+    with pytest.raises(RequestError, match="out_dtype"):
+        ops.linear(CTX, zeros(2, 8), zeros(8, 3), out_dtype="float16")
+    with pytest.raises(RequestError, match="out_dtype"):
+        ops.layer_norm(CTX, zeros(2, 8), zeros(8), zeros(8), out_dtype="float16")
+    with pytest.raises(RequestError, match="out_dtype"):
+        ops.attention(CTX, zeros(2, 8), two_tokens(), kv, 0, 1.0, out_dtype="float16")
