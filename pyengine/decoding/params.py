@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ DEFAULT_MAX_TOKENS = 128
 MAX_SAMPLES = 4096
 MAX_LOGPROBS = 64  # score_rows and the sampler keep at most this many best tokens (csrc/ops/ops.h)
 MAX_SEED = 2**64 - 1
+# The sampler computes in float32, where a smaller temperature would be 0 (greedy) and a larger one infinite.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 # Fields of generation_config.json that would change the tokens, with the values that mean "off".
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -21,7 +22,9 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
     "penalty_alpha": (0.0,),
+    "guidance_scale": (1.0,),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
@@ -36,6 +39,8 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "forced_eos_token_id": (),
     "sequence_bias": (),
     "exponential_decay_length_penalty": (),
+    "watermarking_config": (),
+    "stop_strings": (),
 }
 
 
@@ -87,9 +92,11 @@ class SamplingParams:
                 "give max_tokens (new tokens) or max_length (prompt and new tokens together)"
             )
         if self.temperature is not None:
-            _check_float("temperature", self.temperature, 0.0, math.inf, "a finite number, 0 or more")
+            if self.temperature != 0 or isinstance(self.temperature, bool):
+                allowed = f"0, or a number from {MIN_TEMPERATURE:.2g} to {MAX_TEMPERATURE:.2g}"
+                _check_float("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, allowed)
         if self.top_p is not None:
-            _check_float("top_p", self.top_p, 0.0, 1.0, "a number above 0 and up to 1", above=True)
+            _check_float("top_p", self.top_p, 2.0**-1074, 1.0, "a number above 0 and up to 1")
         if self.top_k is not None:
             _check_int("top_k", self.top_k, -1, 2**31 - 1)
         if self.seed is not None:
@@ -252,6 +259,14 @@ def params_of_each(params: Any, count: int) -> list[SamplingParams]:
     return list(listed)
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """The seed of request ``number`` of an LLM with ``seed``: splitmix64; neighbours share nothing."""
+    z = (seed + (number + 1) * 0x9E3779B97F4A7C15) & MAX_SEED
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
+    return (z ^ (z >> 31)) >> 1
+
+
 def _is_int(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
@@ -261,9 +276,6 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
         raise RequestError(f"{field}={value!r}: must be an integer from {low} to {high}")
 
 
-def _check_float(
-    field: str, value: object, low: float, high: float, allowed: str, *, above: bool = False
-) -> None:
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+def _check_float(field: str, value: object, low: float, high: float, allowed: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{field}={value!r}: must be {allowed}")

@@ -15,7 +15,10 @@ from pyengine.errors import ConfigError, RequestError
         *(("n", value) for value in (0, -1, 1.0, True, None, "2", 5000)),
         *(("max_tokens", value) for value in (0, -5, 2.5, True, "7", 2**40)),
         *(("max_length", value) for value in (0, -5, 2.5, True, "7")),
-        *(("temperature", value) for value in (-0.1, math.nan, math.inf, True, "1", 1j)),
+        *(
+            ("temperature", value)
+            for value in (-0.1, math.nan, math.inf, 1e39, 10**400, 1e-46, True, False, "1", 1j)
+        ),
         *(("top_p", value) for value in (0, 0.0, -0.5, 1.01, math.nan, True, "0.9")),
         *(("top_k", value) for value in (-2, 1.5, True, "5")),
         *(("seed", value) for value in (-1, 2**64, 0.5, True, "x")),
@@ -40,6 +43,8 @@ def test_refused_with_field_and_value(field: str, value: object) -> None:
         {},
         {"temperature": 0},
         {"temperature": 0.0, "top_k": 5, "top_p": 1},
+        {"temperature": 1.5e-45},
+        {"temperature": 3.4e38},
         {"top_k": -1},
         {"top_k": 0},
         {"top_p": 1e-9},
@@ -167,5 +172,12 @@ def test_settings_that_are_not_applied_are_named() -> None:
         "no_repeat_ngram_size": 0,
         "min_length": 5,
         "top_k": 3,
+        "guidance_scale": 1,
+        "diversity_penalty": 0.0,
+        "stop_strings": "end",
     }
-    assert GenerationDefaults.from_config(config).unsupported == ("repetition_penalty=1.2", "min_length=5")
+    assert GenerationDefaults.from_config(config).unsupported == (
+        "repetition_penalty=1.2",
+        "min_length=5",
+        "stop_strings='end'",
+    )
