@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyengine.errors import CheckpointError
-from pyengine.model.config import DTYPE_BYTES, GPT2Config
+from pyengine.model.config import GPT2Config
 from pyengine.model.json_file import read_json_object, show
 from pyengine.model.names import select_weights
 from pyengine.model.safetensors import Tensor, read_safetensors
@@ -50,23 +50,14 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
     def weights(self) -> dict[str, tuple[memoryview, str, tuple[int, ...]]]:
-        """(buffer, dtype, shape) by canonical name, as ``_C.Model`` takes them; read in place.
-
-        Data that is not aligned to its element (files not written by the safetensors library) is copied.
-        """
-        return {name: (_aligned(t), t.dtype, t.shape) for name, t in self.tensors.items()}
+        """(buffer, dtype, shape) by canonical name, as ``_C.Model`` takes them; read in place."""
+        return {name: (t.data, t.dtype, t.shape) for name, t in self.tensors.items()}
 
     def check(self) -> CheckReport:
         """Read every weight: non-finite values and statistics per tensor. Needs numpy."""
         from pyengine.model.check import check_tensors
 
         return check_tensors(self.tensors)
-
-
-def _aligned(tensor: Tensor) -> memoryview:
-    if tensor.offset % DTYPE_BYTES[tensor.dtype] == 0:
-        return tensor.data
-    return memoryview(bytes(tensor.data))
 
 
 def load_checkpoint(

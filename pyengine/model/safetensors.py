@@ -52,7 +52,6 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     data: memoryview  # bytes, little-endian, C order; keeps the mapping of the file alive
     file: str
-    offset: int = 0  # of the data in its mapping; tells the alignment
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +95,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     entries, metadata = parse_header(mapping[8:data_start], size - data_start, path)
     data = memoryview(mapping)
     tensors = {
-        name: Tensor(
-            name, dtype, shape, data[data_start + begin : data_start + end], path, data_start + begin
-        )
+        name: Tensor(name, dtype, shape, data[data_start + begin : data_start + end], path)
         for name, dtype, shape, begin, end in entries
     }
     return SafetensorsFile(path, tensors, metadata)

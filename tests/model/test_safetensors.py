@@ -67,7 +67,7 @@ def test_data_stays_in_the_mapping(tmp_path: Path) -> None:
     assert isinstance(tensors["a"].data.obj, mmap.mmap)
     assert tensors["a"].data.obj is tensors["b"].data.obj
     assert tensors["b"].data.readonly
-    assert bytes(tensors["b"].data) == path.read_bytes()[tensors["b"].offset :][:8] == bytes(range(8, 16))
+    assert bytes(tensors["b"].data) == bytes(range(8, 16))
 
 
 @pytest.mark.parametrize(
