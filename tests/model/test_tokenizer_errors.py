@@ -8,13 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyengine.errors import TokenizerError
+from pyengine.model.tokenization.huggingface import HuggingFaceTokenizer
 from pyengine.model.tokenizer import load_tokenizer
 from tests.model import tokenizer_files as files
 from tests.model.tokenizer_files import KINDS, write_json
+
+
+def test_what_the_library_cannot_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that is not done incrementally here, and a panic of the library, which is a BaseException."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b</w>": 1}, []))
+    backend.decoder = tokenizers.decoders.BPEDecoder()
+    tokenizer = load_tokenizer(files.save_backend(backend, tmp_path))
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    decoder = tokenizer.decoder()
+    assert decoder.push([0]) == ""
+    twin = decoder.copy()
+    decoder.push([1])
+    assert (twin.finish(), decoder.finish()) == ("a", "ab")
+
+    class PanicException(BaseException):
+        pass
+
+    class Panicking:
+        def decode(self, *_: object, **__: object) -> str:
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(tokenizer, "_backend", Panicking())
+    decoder = tokenizer.decoder()
+    with pytest.raises(TokenizerError, match="the tokens cannot be decoded: index out of bounds"):
+        decoder.finish()
 
 
 def load_error(directory: Path) -> str:

@@ -95,20 +95,25 @@ class PieceDecoder(TextDecoder):
 class WholeDecoder(TextDecoder):
     """For decoders of `tokenizers` that are not described here: exact, but all text comes at the end."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], check: Callable[[int], object]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], check: Callable[[int], object]) -> None:
         self._decode = decode
         self._check = check
-        self._ids: tuple[int, ...] = ()
+        self._ids: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
         for token_id in ids:
             self._check(token_id)
-        self._ids += tuple(ids)
+        self._ids += ids
         return ""
 
     def finish(self) -> str:
-        ids, self._ids = self._ids, ()
+        ids, self._ids = self._ids, []
         return self._decode(ids)
+
+    def copy(self) -> TextDecoder:
+        twin = copy(self)
+        twin._ids = self._ids[:]
+        return twin
 
 
 class CleanUpDecoder(TextDecoder):

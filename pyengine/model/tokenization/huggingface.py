@@ -99,10 +99,12 @@ class HuggingFaceTokenizer(Tokenizer):
         elif self._decoder_type in ("", "WordPiece", "Metaspace"):
             decoder = PieceDecoder(self._texts[skip, True], self._texts[skip, False])
         else:
-            decoder = WholeDecoder(
-                lambda ids: self._backend.decode(list(ids), skip_special_tokens=skip), self.find_piece
-            )
+            decoder = WholeDecoder(lambda ids: self._decode_whole(ids, skip), self.find_piece)
         return CleanUpDecoder(decoder) if self._clean_up else decoder
+
+    def _decode_whole(self, ids: list[int], skip: bool) -> str:
+        with _library_errors("the tokens cannot be decoded"):
+            return self._backend.decode(ids, skip_special_tokens=skip)
 
     def _piece(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id) if token_id < 2**32 else None
@@ -132,7 +134,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if self._backend.decoder is None:
                 return piece if first else f" {piece}"
             before = [] if first else ["a"]
-            return self._backend.decoder.decode([*before, piece])[len(before) :]
+            with _library_errors(f"token {token_id} cannot be decoded"):
+                return self._backend.decoder.decode([*before, piece])[len(before) :]
 
         return lookup
 
