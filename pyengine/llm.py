@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, params_of_each
+from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, derived_seed, params_of_each
 from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BLOCK_TOKENS
 from pyengine.engine.scoring import score_windows
@@ -19,7 +19,7 @@ from pyengine.errors import InternalError, RequestError, TokenizerError
 from pyengine.loading import check_count, load
 from pyengine.outputs import Choice, RequestOutput, ScoreOutput, StreamDelta
 from pyengine.prompts import Prompt, Prompts, as_list, is_one
-from pyengine.targets import LENGTH_NORMALIZATIONS, Target, continuation_targets, rank_choices, text_target
+from pyengine.targets import LENGTH_NORMALIZATIONS, Target, continuation_targets, rank_choices, score_targets
 
 if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, int], object]
 OnOutput = Callable[[int, RequestOutput], object]
 _PROGRESS_INTERVAL = 0.1  # seconds
+_AUTOMATIC_ID = "auto-"  # what the ids of requests without a request_id begin with
 
 
 class LLM:
@@ -49,7 +50,8 @@ class LLM:
     enable_prefix_caching: keep the keys and values of finished prompts for prompts that begin alike.
     seed: makes requests without a seed of their own reproducible, in the order in which they come.
 
-    Methods may be called from any thread; the requests of several threads run together. Raises
+    Methods may be called from any thread; the requests of several threads run together. A process that
+    forks keeps its LLM; in the child, every call of it is an InternalError. Raises
     CheckpointError, ConfigError or OutOfMemory. A damaged tokenizer raises TokenizerError when a text is
     first needed.
     """
@@ -97,6 +99,7 @@ class LLM:
         self._seed = seed
         self._numbers = itertools.count()
         self._lock = threading.Lock()  # held by the thread that runs a step or scores
+        self._process = os.getpid()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -123,7 +126,8 @@ class LLM:
         ``on_output`` is called with (index, output) for each prompt in order, as soon as it and those before
         it are finished; after Ctrl-C also for the others, whose finish_reason is "abort".
         Every prompt is checked before the first one runs: RequestError names the one at fault, by its index
-        in a list, and nothing has run then.
+        in a list, and nothing has run then. If one fails later (InternalError where the model yields NaN),
+        its error is raised and the others of the call end.
         """
         many = not is_one(prompts)
         listed = as_list(prompts)
@@ -155,18 +159,29 @@ class LLM:
     ) -> Generator[StreamDelta, None, None]:
         """Continue one prompt, a delta per new token as it comes; closing the generator ends the request.
 
-        Raises RequestError at the call, before anything runs. Other threads' requests go on while this one's
-        deltas are waited for; without such threads, it runs only as its deltas are asked for.
+        ``request_id`` is for ``abort``, and free again once the request has ended. Raises RequestError at the
+        call, before anything runs. Other threads' requests go on while this one's deltas are waited for;
+        without such threads, it runs only as its deltas are asked for.
         """
         if not is_one(prompt):
             raise RequestError("stream continues one prompt; give a list of prompts to generate")
+        if request_id is not None and (
+            not isinstance(request_id, str) or request_id.startswith(_AUTOMATIC_ID)
+        ):
+            raise RequestError(
+                f'request_id={request_id!r}: must be a string that does not begin with "{_AUTOMATIC_ID}"'
+            )
         (one,) = as_list(prompt)
-        return self._deltas(self._request(one, params_of_each(params, 1)[0], request_id, stream=True))
+        deltas = self._deltas(self._request(one, params_of_each(params, 1)[0], request_id, stream=True))
+        next(deltas)  # queued: from here on, closing it ends the request
+        return cast("Generator[StreamDelta, None, None]", deltas)
 
     def abort(self, request_id: str) -> None:
         """End a running request: what it has so far is its output ("abort"). Unknown ids are left alone."""
-        self._engine.abort(request_id)
-        self._settle()
+        request = self._engine.requests.get(request_id)
+        if request is not None:
+            self._engine.abort(request)
+            self._settle()
 
     @overload
     def score(
@@ -208,21 +223,8 @@ class LLM:
         [half of it]: every token has at least ``max_model_len - stride`` tokens of context, or all there are.
         ``top_logprobs``: also report that many best tokens at each place, 0 to 64.
         """
-        if is_one(text):
-            texts, continuations = as_list(text), [continuation]
-        else:
-            texts = as_list(text)
-            continuations = [None] * len(texts) if continuation is None else as_list(continuation)
-            if is_one(continuation) and continuation is not None or len(continuations) != len(texts):
-                raise RequestError(f"{len(texts)} texts need a list of {len(texts)} continuations")
-        targets = []
-        for one, following in zip(texts, continuations, strict=True):
-            if following is None:
-                targets.append(text_target(self._codec, one, add_bos))
-            else:
-                (following,) = as_list(following)
-                targets += continuation_targets(self._codec, one, [following], add_bos)
-        outputs = self._score(targets, stride, top_logprobs)
+        self._check_process()
+        outputs = self._score(score_targets(self._codec, text, continuation, add_bos), stride, top_logprobs)
         return outputs[0] if is_one(text) else outputs
 
     def choose(
@@ -238,6 +240,7 @@ class LLM:
         ``probability`` is the softmax over the choices' log-probabilities; with ``length_normalization``
         "tokens" or "characters", over their means per token or character, by which they are then ranked.
         """
+        self._check_process()
         if length_normalization not in LENGTH_NORMALIZATIONS:
             raise RequestError(
                 f'length_normalization={length_normalization!r}: must be None, "tokens" or "characters"'
@@ -252,6 +255,7 @@ class LLM:
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, stream: bool = False
     ) -> Request:
         """A request that is known to fit."""
+        self._check_process()
         ids = self._codec.encode_prompt(prompt)
         if params.truncate_prompt_tokens is not None:
             ids = ids[-params.truncate_prompt_tokens :]
@@ -260,7 +264,7 @@ class LLM:
             params, prompt_tokens=len(ids), max_model_len=self.max_model_len, seed=self._seed_of(number)
         )
         request = Request(
-            str(number) if request_id is None else request_id,
+            f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
             number,
             prompt if isinstance(prompt, str) else None,
             ids,
@@ -275,11 +279,7 @@ class LLM:
         """The seed of a request that names none."""
         if self._seed is None:
             return int.from_bytes(os.urandom(8), "little") >> 1
-        # splitmix64, so that neighbouring seeds and requests share nothing
-        z = (self._seed + (number + 1) * 0x9E3779B97F4A7C15) & MAX_SEED
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
-        return (z ^ (z >> 31)) >> 1
+        return derived_seed(self._seed, number)
 
     def _run(self, requests: list[Request], progress: Progress | None) -> Generator[Request, None, None]:
         """Run requests together and yield each, in order, once it is finished."""
@@ -289,26 +289,30 @@ class LLM:
                     self._engine.add(request)
             next_report = time.perf_counter() + _PROGRESS_INTERVAL
             for request in requests:
-                while not request.finished:
+                while True:
                     with self._exclusive():
-                        if not request.finished:
-                            self._engine.step()
+                        if request.finished:
+                            break
+                        self._engine.step()
                     if progress is not None and time.perf_counter() >= next_report:
                         _report(progress, requests)
                         next_report = time.perf_counter() + _PROGRESS_INTERVAL
-                _raise_failure(request)
+                if request.error is not None:
+                    raise request.error
                 yield request
             if progress is not None:
                 _report(progress, requests)
         finally:
             self._end(requests)
 
-    def _deltas(self, request: Request) -> Generator[StreamDelta, None, None]:
+    def _deltas(self, request: Request) -> Generator[StreamDelta | None, None, None]:
+        """None once the request is queued, then its deltas."""
         outbox = request.outbox
         assert outbox is not None
         try:
             with self._exclusive():
                 self._engine.add(request)
+            yield None
             while True:
                 while outbox:
                     yield outbox.popleft()
@@ -317,19 +321,28 @@ class LLM:
                         if request.finished:
                             break
                         self._engine.step()
-            _raise_failure(request)
+            if request.error is not None:
+                raise request.error
         finally:
             self._end([request])
 
     def _end(self, requests: list[Request]) -> None:
         """Abort what is not finished: the caller was interrupted, or wants no more."""
         for request in requests:
-            if not request.finished and self._engine.requests.get(request.id) is request:
-                self._engine.abort(request.id)
+            if not request.finished:
+                self._engine.abort(request)
         self._settle()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise InternalError(
+                "this process was forked from the one that the LLM belongs to: make an LLM in each process, "
+                'or start processes with multiprocessing.set_start_method("spawn")'
+            )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
+        self._check_process()
         try:
             with self._lock:
                 yield
@@ -356,6 +369,7 @@ class LLM:
             raise RequestError(f"stride={stride!r}: must be an integer from 1 to {size - 1}")
         if isinstance(top_n, bool) or not isinstance(top_n, int) or not 0 <= top_n <= MAX_LOGPROBS:
             raise RequestError(f"top_logprobs={top_n!r}: must be an integer from 0 to {MAX_LOGPROBS}")
+        top_n = min(top_n, self.config.vocab_size)
         windows = [target.windows(size, stride) for target in targets]
         with self._exclusive():
             score_windows(self._engine, [window for group in windows for window in group], top_n)
@@ -363,13 +377,6 @@ class LLM:
             target.output(self._codec, group, top_n > 0)
             for target, group in zip(targets, windows, strict=True)
         ]
-
-
-def _raise_failure(request: Request) -> None:
-    if request.error is not None:
-        raise InternalError(
-            f"request {request.id} was given up, because a step failed: {request.error!r}"
-        ) from request.error
 
 
 def _report(progress: Progress, requests: list[Request]) -> None:

@@ -6,12 +6,13 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyengine.codec import Codec
 from pyengine.engine.scoring import Window, window_spans
 from pyengine.errors import RequestError
 from pyengine.outputs import Choice, Logprob, ScoreOutput
-from pyengine.prompts import Prompt
+from pyengine.prompts import Prompt, as_list, is_one
 
 LENGTH_NORMALIZATIONS = (None, "tokens", "characters")
 
@@ -55,6 +56,25 @@ class Target:
             num_characters=self.num_characters,
             top_logprobs=top if with_top else None,
         )
+
+
+def score_targets(codec: Codec, text: Any, continuation: Any, add_bos: bool) -> list[Target]:
+    """Of a text, or a list of texts, and as many continuations if any."""
+    if is_one(text):
+        texts, continuations = as_list(text), [continuation]
+    else:
+        texts = as_list(text)
+        continuations = [None] * len(texts) if continuation is None else as_list(continuation)
+        if is_one(continuation) and continuation is not None or len(continuations) != len(texts):
+            raise RequestError(f"{len(texts)} texts need a list of {len(texts)} continuations")
+    targets = []
+    for one, following in zip(texts, continuations, strict=True):
+        if following is None:
+            targets.append(text_target(codec, one, add_bos))
+        else:
+            (following,) = as_list(following)
+            targets += continuation_targets(codec, one, [following], add_bos)
+    return targets
 
 
 def text_target(codec: Codec, text: Prompt, add_bos: bool) -> Target:
@@ -105,7 +125,7 @@ def continuation_targets(
             characters = _characters(codec, continuation, (), ids[border:])
         start = border
         # Something has to come before the first token, as in generating from an empty prompt.
-        if (add_bos or border == 0) and ids[:1] != array("i", (_bos(codec),)) or border == 0:
+        if border == 0 or (add_bos and ids[0] != _bos(codec)):
             ids = array("i", (_bos(codec),)) + ids
             start += 1
         targets.append(Target(_text_of(codec, continuation, ids[start:]), ids, start, characters))

@@ -15,7 +15,7 @@ from typing import Any
 
 from pyengine.engine.request import Request, Sequence
 from pyengine.engine.scheduler import BLOCK_TOKENS, BlockManager, Scheduler, blocks_for
-from pyengine.errors import InternalError, RequestError
+from pyengine.errors import InternalError, PyEngineError, RequestError
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Engine:
         self.scheduler = Scheduler(
             core.manager, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self.requests: dict[str, Request] = {}  # unfinished ones
-        self._aborts: deque[str] = deque()
+        self.requests: dict[str, Request] = {}  # unfinished ones by id
+        self._aborts: deque[Request] = deque()
         self._positions = array("i", range(max_model_len))
         self._padding = array("i", bytes(4 * blocks_for(max_model_len)))
 
@@ -63,15 +63,16 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError if it can never run or its id is taken."""
         self.check(request)
+        self.process_aborts()  # may free the id
         if request.id in self.requests:
             raise RequestError(f"request_id={request.id!r} belongs to a request that is still running")
         self.requests[request.id] = request
         for seq in request.sequences:
             self.scheduler.add(seq)
 
-    def abort(self, request_id: str) -> None:
-        """End a request before the next step; one that is unknown or finished is left alone."""
-        self._aborts.append(request_id)
+    def abort(self, request: Request) -> None:
+        """End a request before the next step; one that was not added or is finished is left alone."""
+        self._aborts.append(request)
 
     @property
     def has_aborts(self) -> bool:
@@ -79,15 +80,16 @@ class Engine:
 
     def process_aborts(self) -> None:
         while self._aborts:
-            request = self.requests.get(self._aborts.popleft())
-            if request is not None:
+            request = self._aborts.popleft()
+            if self.requests.get(request.id) is request:
                 self._give_up(request)
 
     def step(self) -> int:
         """Run one step for whoever is scheduled; the number of tokens that ran (0: nothing to do).
 
-        If it fails, Ctrl-C included, every request is given up with that error: their blocks are free and
-        the engine can be used again.
+        A request whose logits are not finite, or whose text cannot be made, is given up with an error of
+        its own, and the others go on. If the step as a whole fails, Ctrl-C included, every request is given
+        up with that error. Their blocks are free then, and the engine can be used again.
         """
         try:
             self.process_aborts()
@@ -96,20 +98,23 @@ class Engine:
                 if self.requests:
                     raise InternalError(f"{len(self.requests)} requests wait and none can run")
                 return 0
-            return self._run(scheduled)
+            self._set_samplers(scheduled)
+            return self._run([(seq, count) for seq, count in scheduled if seq.finish_reason is None])
         except BaseException as error:
             self.give_up_all(error)
             raise
 
-    def give_up_all(self, error: BaseException | None = None) -> None:
-        for request in list(self.requests.values()):
-            request.error = error
-            self._give_up(request)
+    def give_up_all(self, error: BaseException) -> None:
         self.scheduler.clear()
+        for request in list(self.requests.values()):
+            failure = InternalError(f"request {request.id} was given up, because a step failed: {error!r}")
+            failure.__cause__ = error
+            self._give_up(request, failure)
 
     def _run(self, scheduled: list[tuple[Sequence, int]]) -> int:
+        if not scheduled:
+            return 0
         core = self.core
-        start = time.perf_counter()
         tokens, positions = array("i"), array("i")
         query_start, context_len = array("i", (0,)), array("i")
         block_table, slots = array("i"), array("i")
@@ -128,8 +133,6 @@ class Engine:
             block_table.extend(seq.blocks)
             block_table.extend(self._padding[: max_blocks - len(seq.blocks)])
             slots.append(seq.slot if end == len(seq.token_ids) else -1)
-            if not seq.sampler_is_set:
-                self._set_sampler(seq, start)
         copies = self.scheduler.block_copies
         batch = core.batch(tokens, positions, query_start, context_len, block_table, copies or None)
         result = core.model.step(core.kv, core.sampler, batch, slots)
@@ -137,55 +140,91 @@ class Engine:
         sampled = result.token_ids
         logprobs: list[float] | None = None
         now = time.perf_counter()
-        row = 0
-        for seq, count in scheduled:
-            seq.num_computed += count
-            if seq.num_computed < len(seq.token_ids):
-                continue
+        row = -1
+        for (seq, count), slot in zip(scheduled, slots, strict=True):
+            row += slot >= 0
             request = seq.request
+            if request.error is not None:
+                continue  # given up just now, with another of its samples
+            seq.num_computed += count
+            if slot < 0:
+                continue
+            token = sampled[row]
+            if token < 0:
+                self._give_up(request, _not_finite(seq))
+                continue
             if seq.num_computed - count < len(request.prompt_ids):
                 self.scheduler.prompt_is_computed(seq)
             if request.params.logprobs >= 0:
                 if logprobs is None:
                     logprobs, top_logprobs = result.logprobs, result.top_logprobs
-                seq.logprobs.append((sampled[row], logprobs[row], top_logprobs[row]))
+                seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
             if request.first_token is None:
                 request.first_token = now
-            seq.append(sampled[row])
-            row += 1
-            if seq.finish_reason is not None:
-                self.scheduler.release(seq)
-                self._sequence_ended(request, now)
-            if request.outbox is not None:
-                request.report(seq)
+            try:
+                seq.append(token)
+                if seq.finish_reason is not None:
+                    self.scheduler.release(seq)
+                    if request.finished:
+                        self._remove(request)
+                if request.outbox is not None:
+                    request.report(seq)
+            except Exception as error:  # its text cannot be made
+                self._give_up(request, _named(request, error))
         return len(tokens)
 
-    def _set_sampler(self, seq: Sequence, now: float) -> None:
-        params = seq.request.params
-        self.core.sampler.set(
-            seq.slot,
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            seed=params.seed,
-            sample_index=seq.index,
-            logprobs=params.logprobs,
-        )
-        seq.sampler_is_set = True
-        if seq.request.first_step is None:
-            seq.request.first_step = now
+    def _set_samplers(self, scheduled: list[tuple[Sequence, int]]) -> None:
+        """Hand the parameters of newcomers to the sampler; a request whose parameters it refuses ends."""
+        for seq, _ in scheduled:
+            if seq.sampler_is_set or seq.finish_reason is not None:
+                continue
+            request, params = seq.request, seq.request.params
+            try:
+                self.core.sampler.set(
+                    seq.slot,
+                    temperature=params.temperature,
+                    top_k=params.top_k,
+                    top_p=params.top_p,
+                    seed=params.seed,
+                    sample_index=seq.index,
+                    logprobs=params.logprobs,
+                )
+            except Exception as error:
+                self._give_up(request, _named(request, error))
+                continue
+            seq.sampler_is_set = True
+            if request.first_step is None:
+                request.first_step = time.perf_counter()
 
-    def _sequence_ended(self, request: Request, now: float) -> None:
-        request.num_unfinished -= 1
-        if request.finished:
-            request.end = now
-            del self.requests[request.id]
+    def _remove(self, request: Request) -> None:
+        request.end = time.perf_counter()
+        self.requests.pop(request.id, None)
 
-    def _give_up(self, request: Request) -> None:
-        now = time.perf_counter()
+    def _give_up(self, request: Request, error: Exception | None = None) -> None:
+        """End a request as it is. Blocks and books come first: making its text may fail, too."""
+        request.error = error
+        for seq in request.sequences:
+            self.scheduler.release(seq)
+        self._remove(request)
         for seq in request.sequences:
             if seq.finish_reason is None:
-                self.scheduler.release(seq)
-                seq.finish("abort")
-                self._sequence_ended(request, now)
-                request.report(seq)
+                try:
+                    seq.finish("abort")
+                    request.report(seq)
+                except Exception as failure:
+                    request.error = request.error or _named(request, failure)
+
+
+def _named(request: Request, error: Exception) -> PyEngineError:
+    """``error`` as that of one request, by the class it has."""
+    kind = type(error) if isinstance(error, PyEngineError) else InternalError
+    named = kind(f"request {request.id}: {error if isinstance(error, PyEngineError) else repr(error)}")
+    named.__cause__ = error
+    return named
+
+
+def _not_finite(seq: Sequence) -> InternalError:
+    return InternalError(
+        f"request {seq.request.id}: the logits after its token {len(seq.token_ids) - 1} are NaN or infinite: "
+        "the weights are damaged, or too large for their dtype (pyengine-cli inspect --check reads them all)"
+    )

@@ -79,6 +79,7 @@ class Sequence:
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
         self.finish_reason, self.stop_reason = reason, stop_reason
+        self.request.num_unfinished -= 1
         if self.text is None:
             return
         if not self.request.needs_text:  # all at once, now
@@ -115,7 +116,7 @@ class Request:
         self.codec = codec
         self.outbox: deque[StreamDelta] | None = deque() if stream else None
         self.needs_text = stream or bool(params.stop)
-        self.error: BaseException | None = None  # why the engine gave the request up
+        self.error: Exception | None = None  # why the engine gave the request up; names it
         self.arrival = time.perf_counter()
         self.first_step: float | None = None
         self.first_token: float | None = None

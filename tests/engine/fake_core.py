@@ -152,7 +152,8 @@ class FakeStepResult:
 
 
 class FakeModel:
-    """``fail_at``: the step that raises InternalError, counted from 1."""
+    """``fail_at``: the step that raises InternalError, counted from 1. ``poison``: a token after which
+    logits are NaN."""
 
     def __init__(self, manager: FakeBlockManager) -> None:
         self.manager = manager
@@ -160,6 +161,7 @@ class FakeModel:
         self.tokens_run = 0
         self.rows_sampled = 0
         self.fail_at = 0
+        self.poison: int | None = None
         self.batches: list[tuple[int, int]] = []  # tokens and sequences of each step
 
     def step(self, kv: dict[int, list], sampler: FakeSampler, batch: FakeBatch, slots: array[int]) -> Any:
@@ -176,6 +178,8 @@ class FakeModel:
                 params = sampler.slots[slot]
                 draw = (params["seed"], params["sample_index"]) if params["temperature"] else (0, 0)
                 token = drawn(history, *draw)
+                if self.poison is not None and self.poison in array("i", history):
+                    token = -1
                 self.rows_sampled += 1
                 result.token_ids.append(token)
                 wanted = params["logprobs"]

@@ -73,7 +73,7 @@ def play(one: Engine, trace: list[Arrival]) -> list[Request]:
             one.add(requests[pending.pop(0)])
         for number, arrival in enumerate(trace):
             if arrival.abort_after is not None and step == arrival.step + arrival.abort_after:
-                one.abort(str(number))
+                one.abort(requests[number])
         ran = one.step()
         assert ran <= one.max_num_batched_tokens
         manager.check_invariants()  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ def test_what_an_aborted_prompt_computed_is_a_prefix() -> None:
     one.add(first)
     one.step()
     one.step()  # 40 of 80 tokens
-    one.abort("0")
+    one.abort(first)
     second = request(1, prompt, params(prompt, 5))
     assert run(one, second) == run(engine(), request(1, prompt, params(prompt, 5)))
     assert second.cached_tokens == 32
