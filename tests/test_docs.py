@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -105,13 +106,17 @@ def test_readme_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The original in transformers, its greedy twin and the sampled one, on a directory called gpt2."""
-    shutil.copytree(resolve(None), tmp_path / "gpt2")
-    (
-        tmp_path / "gpt2" / "generation_config.json"
-    ).unlink()  # GPT-2's does not sample, the bundled model's does
+    gpt2 = tmp_path / "gpt2"
+    shutil.copytree(resolve(None), gpt2)
+    (gpt2 / "generation_config.json").unlink()  # GPT-2's does not sample, the bundled model's does
+    # GPT-2 has its tokenizer in both forms, and GPT2Tokenizer of transformers 4 reads the older one.
+    bpe = json.loads((gpt2 / "tokenizer.json").read_text())["model"]
+    (gpt2 / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"])
+    (gpt2 / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (tmp_path / "path").mkdir()
     (tmp_path / "path/to").mkdir()
-    (tmp_path / "path/to/checkpoint").symlink_to(tmp_path / "gpt2")
+    (tmp_path / "path/to/checkpoint").symlink_to(gpt2)
     monkeypatch.chdir(tmp_path)
     original, twin, sampled, api = python_examples()
     variables: dict[str, object] = {}
