@@ -26,11 +26,10 @@ def find_program(name: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Leaves the extension where setuptools wants it: in the wheel, or in the source tree (editable)."""
+    """Leaves the extension where setuptools wants it, which copies it to the source tree if editable."""
 
     def build_extension(self, ext: Extension) -> None:
-        # An editable install shares its build tree with `cmake --preset release`.
-        build_dir = ROOT / "build" / "release" if self.inplace else Path(self.build_temp).resolve() / "cmake"
+        build_dir = Path(self.build_temp).resolve() / "cmake"
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         cmake = find_program("cmake")
         configure = [
@@ -43,7 +42,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYENGINE_OUTPUT_DIR={output_dir}",
-            f"-DPYENGINE_TESTS={'ON' if self.inplace else 'OFF'}",
+            "-DPYENGINE_TESTS=OFF",
         ]
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build_dir), "--target", "_C"], check=True)

@@ -33,9 +33,7 @@ def random_logits(seed: int, vocab_size: int, deviation: float = 2.0) -> Logits:
     return np.random.default_rng(seed).normal(0, deviation, vocab_size).astype(np.float32)
 
 
-def transformers_distribution(
-    logits: Logits, temperature: float, top_k: int, top_p: float
-) -> Probabilities:
+def transformers_distribution(logits: Logits, temperature: float, top_k: int, top_p: float) -> Probabilities:
     """Probabilities (V,) after the processors that ``generate`` applies, in its order."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
