@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from pyengine.cli import _text
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -74,12 +77,23 @@ def open_llm(
     """The ``LLM`` that the options of ``engine`` ask for; ``settings`` are passed on as they are."""
     import pyengine
 
-    return pyengine.LLM(
-        model,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory=kv_cache_memory,
-        max_model_len=max_model_len,
-        num_threads=threads,
-        **settings,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        llm = pyengine.LLM(
+            model,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len,
+            num_threads=threads,
+            **settings,
+        )
+    for warning in caught:
+        _text.note(f"warning: {warning.message}")
+    if threads is not None:
+        from pyengine import _C
+
+        usable = _C.default_num_threads()
+        if threads > usable:
+            _text.note(f"warning: {threads} threads on {usable} processors are slower than {usable}")
+    return llm

@@ -44,7 +44,10 @@ def argument_texts(arguments: Sequence[str]) -> list[str]:
     texts = []
     for number, argument in enumerate(arguments, 1):
         if argument == STANDARD_INPUT:
-            texts.append(_without_line_end(read_text(STANDARD_INPUT)))
+            text = _without_line_end(read_text(STANDARD_INPUT))
+            if not text:
+                raise RequestError("standard input is empty: did the command before it fail?")
+            texts.append(text)
         else:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
             texts.append(decode(argument.encode("utf-8", "surrogateescape"), f"argument {number}"))
     return texts
@@ -94,7 +97,8 @@ def _json_prompt(line: str, where: str) -> str | list[int]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise RequestError(f"{where}: not JSON: {error}") from None
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise RequestError(f"{where}: not JSON: {reason}") from None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if isinstance(prompt, str):
         return prompt
@@ -107,8 +111,10 @@ def parse_ids(text: str) -> list[int]:
     """Token ids apart by commas or white space: ``"15496, 11"``; brackets around them are allowed."""
     try:
         return [int(word) for word in text.strip().strip("[]").replace(",", " ").split()]
-    except ValueError as error:
-        raise click.UsageError(f"Token ids are whole numbers, like 15496,11 ({error}).") from None
+    except ValueError:
+        raise click.UsageError(
+            f"Token ids are whole numbers, like 15496,11; these are not: {text!r}."
+        ) from None
 
 
 def prepare_output() -> None:

@@ -31,11 +31,13 @@ Standard output: the new text (with --echo after the prompt); for several texts 
 before each; with --json a line for each continuation, with the fields prompt_index, index, prompt,
 prompt_token_ids, text, token_ids, finish_reason ("stop", "length"; "abort" after Ctrl-C), stop_reason, seed,
 logprobs (if asked for) and metrics (seconds and token counts of the prompt).
-Standard error: a summary, and a progress bar for several prompts on a terminal.
+Standard error: a summary (tokens/s are new tokens over the whole time, that of the prompts included), and a
+progress bar for several prompts on a terminal.
 
 \b
 --file takes one prompt per line, blank lines skipped. Files ending in .jsonl or .ndjson, and standard input
-that begins with {, hold one JSON object per line with a "prompt": a string or a list of token ids.
+that begins with {, hold one JSON object per line with a "prompt": a string or a list of token ids (other
+fields are not read).
 Defaults that are the checkpoint's come from its generation_config.json.
 """
 
@@ -73,6 +75,9 @@ Defaults that are the checkpoint's come from its generation_config.json.
 @click.option("--n", type=int, default=1, metavar="N", help="Continuations of each prompt.")
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."
+)
+@click.option(
+    "--truncate-prompt-tokens", type=int, metavar="N", help="Keep only the last N tokens of each prompt."
 )
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option(
@@ -120,8 +125,12 @@ def command(
         )
 
     from pyengine.decoding.params import SamplingParams
+    from pyengine.errors import RequestError
 
-    params = SamplingParams(stop=stop, **sampling)
+    try:
+        params = SamplingParams(stop=stop, **sampling)
+    except RequestError as error:
+        raise click.UsageError(str(error)) from None
     _text.prepare_output()
     start = time.perf_counter()
     llm = _options.open_llm(**options)
@@ -151,6 +160,7 @@ _SAMPLING = (
     "n",
     "ignore_eos",
     "logprobs",
+    "truncate_prompt_tokens",
 )
 
 
@@ -179,9 +189,10 @@ class _Summary:
 def _stream(llm: Any, prompt: Prompt, params: SamplingParams, echo: bool, summary: _Summary) -> None:
     """One continuation, printed as it grows."""
     deltas = llm.stream(prompt, params)
-    if echo and isinstance(prompt, str):
-        click.echo(prompt, nl=False)
+    if echo and prompt is not None:
+        click.echo(_echoed(prompt, llm.tokenizer), nl=False)
     output: RequestOutput | None = None
+    separator = "," if echo and prompt is not None else ""  # between token ids, where there is no tokenizer
     try:
         for delta in deltas:
             if summary.first_token is None:
@@ -190,12 +201,13 @@ def _stream(llm: Any, prompt: Prompt, params: SamplingParams, echo: bool, summar
             if delta.text:
                 click.echo(delta.text, nl=False)
             output = delta.output
+            if delta.token_ids and llm.tokenizer is None:
+                click.echo(separator + _ids_line(delta.token_ids), nl=False)
+                separator = ","
     finally:
         click.echo()
     if output is not None:
         summary.prompt_tokens = output.metrics.prompt_tokens
-        if llm.tokenizer is None:
-            click.echo(_ids_line(output.outputs[0].token_ids))
 
 
 def _generate(
@@ -215,7 +227,7 @@ def _generate(
             summary.first_token = output.metrics.ttft
         if output.finished or output.metrics.new_tokens:
             with bar.hidden() if bar else nullcontext():
-                printer.print(index, output, llm.tokenizer is not None)
+                printer.print(index, output, llm.tokenizer)
 
     with bar or nullcontext():
         llm.generate(prompts, params, progress=bar.advance if bar else False, on_output=on_output)
@@ -227,7 +239,7 @@ class _Printer:
     def __init__(self, several: bool, as_json: bool, echo: bool) -> None:
         self.several, self.as_json, self.echo = several, as_json, echo
 
-    def print(self, index: int, output: RequestOutput, has_tokenizer: bool) -> None:
+    def print(self, index: int, output: RequestOutput, tokenizer: Any) -> None:
         for sample in output.outputs:
             if self.as_json:
                 _text.print_json(_json_row(index, output, sample))
@@ -236,8 +248,18 @@ class _Printer:
                 detail = f".{sample.index + 1}" if len(output.outputs) > 1 else ""
                 prompt = output.prompt_token_ids if output.prompt is None else output.prompt
                 click.echo(_text.heading(index + 1, prompt, detail))
-            prefix = output.prompt if self.echo and output.prompt is not None else ""
-            click.echo(prefix + (sample.text if has_tokenizer else _ids_line(sample.token_ids)))
+            prompt = output.prompt_token_ids if output.prompt is None else output.prompt
+            if tokenizer is None:
+                click.echo(_ids_line((output.prompt_token_ids if self.echo else []) + sample.token_ids))
+            else:
+                click.echo((_echoed(prompt, tokenizer) if self.echo else "") + sample.text)
+
+
+def _echoed(prompt: str | list[int], tokenizer: Any) -> str:
+    """A prompt as text; its ids where there is no tokenizer."""
+    if isinstance(prompt, str):
+        return prompt
+    return _ids_line(prompt) if tokenizer is None else tokenizer.decode(prompt)
 
 
 def _ids_line(token_ids: list[int]) -> str:

@@ -116,7 +116,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "KV per token": _per_dtype(report["kv_bytes_per_token"], 1),
         "KV of full context": _per_dtype(report["kv_bytes_per_token"], config["n_positions"]),
         "numerics": _numerics(config),
-        "generation": ", ".join(f"{key}={value}" for key, value in report["generation_config"].items())
+        "generation": ", ".join(
+            f"{key}={value}"
+            for key, value in report["generation_config"].items()
+            if key[0] != "_" and key != "transformers_version"
+        )
         or "-",
     }
     if weights["ignored_tensors"]:

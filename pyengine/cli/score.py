@@ -108,7 +108,7 @@ def _score_lines(score: ScoreOutput) -> list[str]:
         lines.append(f"{score.num_context_tokens + index:8d}  {token:6d}  {value}  {shown}")
     totals = f"tokens {score.num_scored}   log-probability {score.total_logprob:.4f}"
     if score.num_scored:
-        totals += f"   perplexity {score.perplexity:.4f}"
+        totals += f"   perplexity {score.perplexity:.6g}"
     if score.bits_per_character is not None:
         totals += f"   bits per character {score.bits_per_character:.4f}"
     return [*lines, totals]

@@ -93,7 +93,7 @@ class SamplingParams:
             )
         if self.temperature is not None:
             if self.temperature != 0 or isinstance(self.temperature, bool):
-                allowed = f"0, or a number from {MIN_TEMPERATURE:.2g} to {MAX_TEMPERATURE:.2g}"
+                allowed = "0, or a positive number that float32 can hold"
                 _check_float("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, allowed)
         if self.top_p is not None:
             _check_float("top_p", self.top_p, 2.0**-1074, 1.0, "a number above 0 and up to 1")

@@ -74,11 +74,13 @@ def load_checkpoint(
     """
     path = resolve(model, revision=revision, local_files_only=local_files_only)
     directory, weight_file = (path, None) if path.is_dir() else (path.parent, path)
+    if weight_file is not None:
+        _require_weight_file(weight_file)
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise CheckpointError(
             f"{directory} has no config.json; a checkpoint directory holds config.json and weights"
-            + _hint_for(directory)
+            + _hint_for(directory, "copy the model's config.json beside it")
         )
     config = GPT2Config.from_file(config_file)
     if weight_file is None:
@@ -131,12 +133,12 @@ def _find_weights(directory: Path) -> Path:
             return directory / name
     raise CheckpointError(
         f"{directory} has no weights: expected {', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]}"
-        + _hint_for(directory)
+        + _hint_for(directory, "name that file as the model to load it")
     )
 
 
-def _hint_for(directory: Path) -> str:
-    """What the directory holds instead, if that is a known thing."""
+def _hint_for(directory: Path, what_to_do: str) -> str:
+    """What the directory holds instead, if that is a known thing; ``what_to_do`` with loose weights."""
     names = sorted(os.listdir(directory))
     if "adapter_config.json" in names:
         return "; it holds an adapter (PEFT): merge it into its base model first"
@@ -145,7 +147,7 @@ def _hint_for(directory: Path) -> str:
         return f"; it holds {', '.join(others[:3])}: convert it with transformers (save_pretrained)"
     loose = [n for n in names if n.endswith((".safetensors", ".bin"))]
     if loose:
-        return f"; it holds {', '.join(loose[:3])}: name that file as the model to load it"
+        return f"; it holds {', '.join(loose[:3])}: {what_to_do}"
     return ""
 
 
@@ -163,7 +165,19 @@ def _reader(path: Path) -> Callable[[Path], dict[str, Tensor]]:
         from pyengine.model.torch_bin import read_torch_bin
 
         return read_torch_bin
-    raise CheckpointError(f"{path} is not a weight file: expected .safetensors, .bin or {INDEX_SUFFIX}")
+    raise _not_a_weight_file(path)
+
+
+def _require_weight_file(path: Path) -> None:
+    if not path.name.endswith((".safetensors", ".bin", INDEX_SUFFIX)):
+        raise _not_a_weight_file(path)
+
+
+def _not_a_weight_file(path: Path) -> CheckpointError:
+    remedy = "; convert it with transformers (save_pretrained)" if path.name.endswith(_OTHER_FORMATS) else ""
+    return CheckpointError(
+        f"{path} is not a weight file that pyengine reads (.safetensors, .bin or {INDEX_SUFFIX}){remedy}"
+    )
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:

@@ -102,6 +102,11 @@ def download(repo_id: str, revision: str | None = None, *, local_files_only: boo
             f"{at} is neither a directory nor a file here, nor in the cache of the Hugging Face Hub, and "
             "offline mode (HF_HUB_OFFLINE or local_files_only) forbids downloading it"
         ) from failure
+    if any(word in kind.__name__ for kind in type(failure).__mro__ for word in ("Connect", "Timeout")):
+        raise CheckpointError(
+            f"{at} is neither a directory nor a file here, and there is no connection to the Hugging Face "
+            "Hub to fetch it from: download it elsewhere and give its directory"
+        ) from failure
     reason = (str(failure).strip().splitlines() or [""])[0]
     raise CheckpointError(
         f"{at} is neither a directory nor a file here, and could not be fetched from the Hugging Face Hub: "

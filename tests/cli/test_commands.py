@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyengine import LLM
+from pyengine._C import default_num_threads
 from pyengine.cli import doctor
 from pyengine.model.checkpoint import resolve
 from tests.cli.conftest import Run
@@ -28,7 +29,7 @@ def test_score_table(run: Run, llm: LLM) -> None:
     assert table[1].split()[2] == "-" and float(table[2].split()[2]) == pytest.approx(
         score.logprobs[1], abs=1e-4
     )
-    assert f"perplexity {score.perplexity:.4f}" in totals
+    assert f"perplexity {score.perplexity:.6g}" in totals
     assert f"bits per character {score.bits_per_character:.4f}" in totals
 
 
@@ -150,3 +151,46 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert "pip install no-such-package" in result.stdout and result.stdout.endswith("failed: versions\n")
     report = json.loads(run("doctor", "--json").stdout)
     assert not report["ok"] and report["self-test"]["threads agree"]
+
+
+def without(directory: Path, target: Path, *names: str) -> Path:
+    """A copy of a checkpoint that lacks some files."""
+    shutil.copytree(directory, target, ignore=shutil.ignore_patterns(*names))
+    return target
+
+
+@pytest.mark.parametrize("options", [[], ["--no-stream"]])
+def test_echo_of_token_ids(run: Run, llm: LLM, tmp_path: Path, options: list[str]) -> None:
+    arguments = ["generate", "--quiet", "--temperature", "0", "--max-tokens", "4", "--ids", *options]
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.encode("The old house")
+    ids = ",".join(map(str, prompt))
+    new = run(*arguments, ids).stdout
+    assert run(*arguments, "--echo", ids).stdout == "The old house" + new
+
+    model = str(without(resolve(), tmp_path / "ids-only", "*token*"))
+    bare = run(*arguments, "--model", model, ids).stdout
+    assert bare.count("\n") == 1 and len(bare.split(",")) == 4
+    assert run(*arguments, "--model", model, "--echo", ids).stdout == f"{ids},{bare}"
+
+
+def test_settings_that_are_not_applied_are_named_in_one_line(run: Run, tmp_path: Path) -> None:
+    model = without(resolve(), tmp_path / "model", "generation_config.json")
+    (model / "generation_config.json").write_text('{"repetition_penalty": 1.3}', encoding="utf-8")
+    stderr = run("generate", "--quiet", "--max-tokens", "2", "--model", str(model), "a").stderr
+    ignored = "pyengine does not apply repetition_penalty=1.3 of generation_config.json"
+    assert stderr == f"pyengine: warning: {model}: {ignored}\n"
+
+
+def test_more_threads_than_processors_are_warned_about(run: Run) -> None:
+    threads = default_num_threads() + 1
+    stderr = run("generate", "--quiet", "--max-tokens", "2", "--threads", str(threads), "a").stderr
+    assert stderr.startswith(f"pyengine: warning: {threads} threads on {threads - 1} processors")
+    assert run("generate", "--quiet", "--max-tokens", "2", "--threads", "1", "a").stderr == ""
+
+
+def test_truncated_prompt(run: Run, llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    arguments = ["generate", "--max-tokens", "2", "--json", "--truncate-prompt-tokens", "2"]
+    row = json.loads(run(*arguments, "The old house by the sea").stdout)
+    assert row["prompt_token_ids"] == llm.tokenizer.encode("The old house by the sea")[-2:]

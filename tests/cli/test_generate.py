@@ -155,9 +155,9 @@ def test_wrong_usage_is_exit_status_2(run: Run, fake_llm: Fake, arguments: list[
 @pytest.mark.parametrize("option", ["--max-tokens=0", "--top-p=2", "--temperature=-1", "--n=0", "--seed=-1"])
 def test_impossible_sampling_is_refused_before_loading(run: Run, fake_llm: Fake, option: str) -> None:
     result = run("generate", option, "a")
-    assert (result.exit_code, result.stdout, fake_llm.made) == (1, "", [])
+    assert (result.exit_code, result.stdout, fake_llm.made) == (2, "", [])
     field = option.strip("-").split("=")[0].replace("-", "_")
-    assert result.stderr.startswith(f"pyengine: {field}=")
+    assert f"Error: {field}=" in result.stderr
 
 
 def test_interrupted_stream_keeps_what_was_printed(

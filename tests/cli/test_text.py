@@ -41,12 +41,18 @@ def put(stream: io.BytesIO, data: bytes) -> None:
         (b"one\n\n", "one\n"),
         (b"one\ntwo", "one\ntwo"),
         (b"\xef\xbb\xbfone", "one"),
-        (b"", ""),
     ],
 )
 def test_dash_is_all_of_standard_input(stdin: io.BytesIO, data: bytes, text: str) -> None:
     put(stdin, data)
     assert _text.argument_texts(["a", "-"]) == ["a", text]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\xef\xbb\xbf"])
+def test_empty_standard_input_is_not_a_prompt(stdin: io.BytesIO, data: bytes) -> None:
+    put(stdin, data)
+    with pytest.raises(RequestError, match="standard input is empty"):
+        _text.argument_texts(["-"])
 
 
 @given(TEXTS.filter(lambda text: not text.startswith("\ufeff")))

@@ -253,6 +253,18 @@ def test_bin_without_torch(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_not_a_weight_file(saved: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json is not a weight file"):
         load_checkpoint(saved / "config.json")
+    (saved / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"model\.gguf is not a weight file.*convert it"):
+        load_checkpoint(saved / "model.gguf")
+
+
+def test_weights_without_a_configuration(saved: Path) -> None:
+    (saved / "config.json").unlink()
+    for model in (saved, saved / "model.safetensors"):
+        with pytest.raises(
+            CheckpointError, match=r"no config\.json.*copy the model's config\.json beside it"
+        ):
+            load_checkpoint(model)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/b/c", "~/nowhere/x", "a b"])

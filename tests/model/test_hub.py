@@ -236,4 +236,4 @@ def test_refusals_of_the_hub(
 def test_no_connection(hub: Hub, tmp_path: Path) -> None:
     answer = load(hub, tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:9")
     assert "refused 'owner/tiny'" in answer
-    assert "could not be fetched" in answer
+    assert "no connection to the Hugging Face Hub" in answer
