@@ -35,8 +35,8 @@ def random_logits(seed: int, vocab_size: int, deviation: float = 2.0) -> Logits:
 
 def transformers_distribution(logits: Logits, temperature: float, top_k: int, top_p: float) -> Probabilities:
     """Probabilities (V,) after the processors that ``generate`` applies, in its order."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="transformers' processors take torch tensors")
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
     scores = torch.from_numpy(logits)[None]
     scores = transformers.TemperatureLogitsWarper(temperature)(None, scores)
     if top_k:
