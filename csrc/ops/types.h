@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/dtype.h"
+
 namespace pyengine::ops {
 
 constexpr int kReductionBlock = 256;  // k's of one chain; as accurate as PyTorch's blocked sums
@@ -20,7 +22,24 @@ enum class Activation : uint8_t {
 enum class WeightLayout : uint8_t {
   in_out,  // (K, N), N contiguous: Conv1D as Hugging Face stores it
   out_in,  // (N, K), K contiguous: the output head, tied to the token embedding or not
+  // Tiles of 16 columns, each with all of K contiguous, in 32-bit words: a cache line is 16 columns
+  // of one word of k. N is padded to whole tiles and K to whole words, with zeros. The same for
+  // every instruction set.
+  //   f32   [N / 16][K][16]        one k per word
+  //   bf16  [N / 16][K / 2][16][2]  k, k + 1: 16 lines are an AMX tile of 32 k's
+  packed,
 };
+
+constexpr int64_t kTileColumns = 16;  // of WeightLayout::packed
+
+// 32-bit words of one column of packed weights, and of the whole matrix.
+constexpr int64_t packed_column_words(DType dtype, int64_t in_features) {
+  return dtype == DType::f32 ? in_features : (in_features + 1) / 2;
+}
+constexpr int64_t packed_words(DType dtype, int64_t in_features, int64_t out_features) {
+  return (out_features + kTileColumns - 1) / kTileColumns * kTileColumns *
+         packed_column_words(dtype, in_features);
+}
 
 // The order in which tokens are preferred: higher logit, then lower id.
 constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
