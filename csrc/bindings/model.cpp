@@ -4,9 +4,11 @@
 #include <cmath>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "bindings/bindings.h"
 #include "core/errors.h"
+#include "core/file_guard.h"
 
 namespace pyengine::bindings {
 
@@ -54,6 +56,8 @@ class PyModel {
       auto entry = value.cast<std::tuple<py::object, std::string, std::vector<int64_t>>>();
       buffers_.emplace_back(std::get<0>(entry), name.c_str());
       const BufferView& buffer = buffers_.back();
+      // The buffer keeps the FileView that owns the guard.
+      if (const FileGuard* file = FileGuard::find(buffer.data())) files_.insert(file);
       tensors[name] = {buffer.data(), buffer.bytes(), dtype_from(std::get<1>(entry)),
                        std::get<2>(entry)};
     }
@@ -61,7 +65,7 @@ class PyModel {
     DType d = dtype_from(dtype);
     py::gil_scoped_release release;
     std::lock_guard<std::mutex> lock(ctx_.mutex);
-    model_.emplace(ctx_.context, c, tensors, d);
+    read_files([&] { model_.emplace(ctx_.context, c, tensors, d); });
   }
 
   const GPT2& model() const { return *model_; }
@@ -76,7 +80,9 @@ class PyModel {
     StepResult result;
     py::gil_scoped_release release;
     std::scoped_lock lock(ctx_.mutex, kv.mutex, sampler.mutex);
-    model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result);
+    read_files([&] {
+      model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result);
+    });
     return result;
   }
 
@@ -94,7 +100,8 @@ class PyModel {
     {
       py::gil_scoped_release release;
       std::scoped_lock lock(ctx_.mutex, kv.mutex);
-      model_->forward(ctx_.context, kv.cache, batch, chosen.data(), num_rows, out);
+      read_files(
+          [&] { model_->forward(ctx_.context, kv.cache, batch, chosen.data(), num_rows, out); });
     }
     return logits;
   }
@@ -117,16 +124,35 @@ class PyModel {
     {
       py::gil_scoped_release release;
       std::scoped_lock lock(ctx_.mutex, kv.mutex);
-      model_->score(ctx_.context, kv.cache, batch, row_view.begin(), num_rows, target_view.begin(),
-                    top_n, out, ids_out, top_out);
+      read_files([&] {
+        model_->score(ctx_.context, kv.cache, batch, row_view.begin(), num_rows,
+                      target_view.begin(), top_n, out, ids_out, top_out);
+      });
     }
     return py::make_tuple(logprobs, top_ids, top_logprobs);
   }
 
  private:
+  // Runs `f`, which reads weights. What comes of a file that has changed is worth nothing, an error
+  // that its numbers have led to included.
+  template <class F>
+  void read_files(F&& f) const {
+    auto check = [this] {
+      for (const FileGuard* file : files_) file->check();
+    };
+    try {
+      f();
+    } catch (...) {
+      check();
+      throw;
+    }
+    check();
+  }
+
   py::object ctx_object_;
   PyExecContext& ctx_;
   std::vector<BufferView> buffers_;
+  std::set<const FileGuard*> files_;  // that hold weights
   std::optional<GPT2> model_;
 };
 

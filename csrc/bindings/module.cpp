@@ -4,6 +4,7 @@
 #include "bindings/bindings.h"
 #include "core/cpu_count.h"
 #include "core/errors.h"
+#include "core/file_guard.h"
 
 namespace pyengine::bindings {
 
@@ -49,6 +50,15 @@ ops::Activation activation_from(const std::string& name) {
 }
 
 namespace {
+
+// Bytes that are mapped from a file, and the guard of that file.
+struct PyFileView {
+  PyFileView(const py::object& mapping, int fd, std::string path)
+      : buffer(mapping, "mapping"), guard(buffer.data(), buffer.bytes(), fd, std::move(path)) {}
+
+  BufferView buffer;
+  FileGuard guard;
+};
 
 // The Python classes of the same names, looked up only when there is an error to raise.
 void raise_python(const char* name, const std::exception& e) {
@@ -101,6 +111,14 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("num_threads",
                              [](const PyExecContext& c) { return c.pool.num_threads(); })
       .def_property_readonly("isa", [](const PyExecContext& c) { return c.kernels.isa; });
+  py::class_<PyFileView>(m, "FileView", py::buffer_protocol())
+      .def(py::init<const py::object&, int, std::string>(), py::arg("mapping"), py::arg("fd"),
+           py::arg("path"))
+      .def_buffer([](PyFileView& self) {
+        auto* data = static_cast<const uint8_t*>(self.buffer.data());
+        return py::buffer_info(data, static_cast<py::ssize_t>(self.buffer.bytes()));
+      })
+      .def("check", [](const PyFileView& self) { self.guard.check(); });
   bind_kv(m);
   bind_model(m);
   py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");

@@ -183,9 +183,11 @@ ThreadPool::ThreadPool(int num_threads)
   shared_ = new Shared;
   shared_->forks = fork_count.load(std::memory_order_relaxed);
   shared_->spin = num_threads_ > usable_cpus() ? kSpinOversubscribed : kSpin;
-  // Workers must leave signals to the thread that Python expects them on.
+  // Workers must leave signals to the thread that Python expects them on, but for those that a
+  // fault of their own raises: blocked, these would end the process past its handlers.
   sigset_t all, previous;
   sigfillset(&all);
+  for (int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGTRAP, SIGSYS}) sigdelset(&all, fault);
   pthread_sigmask(SIG_SETMASK, &all, &previous);
   std::string failure;
   try {

@@ -40,6 +40,16 @@ class ExecContext:
     @property
     def isa(self) -> str: ...
 
+class FileView(Buffer):
+    """Read-only bytes of a mapping of a file that is watched: where the file is truncated, zeros are read
+    instead of ending the process with SIGBUS. A ``Model`` with weights in it checks it after each step."""
+
+    def __init__(self, mapping: Buffer | npt.NDArray[Any], fd: int, path: str) -> None:
+        """``mapping``: of the file open as ``fd`` (which is duplicated); kept. ``path``: for errors."""
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def check(self) -> None:
+        """``CheckpointError`` naming the file if it was truncated or written to since."""
+
 class BlockManager:
     """Host-side bookkeeping of KV blocks: reference counts, copy-on-write, prefix index with LRU eviction.
 

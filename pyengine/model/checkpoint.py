@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyengine._C import FileView
 from pyengine.errors import CheckpointError
 from pyengine.model.config import GPT2Config
 from pyengine.model.json_file import read_json_object, show
@@ -57,7 +58,10 @@ class Checkpoint:
         """Read every weight: non-finite values and statistics per tensor. Needs numpy."""
         from pyengine.model.check import check_tensors
 
-        return check_tensors(self.tensors)
+        report = check_tensors(self.tensors)
+        for file in {t.data.obj for t in self.tensors.values() if isinstance(t.data.obj, FileView)}:
+            file.check()  # what was read is what the file holds
+        return report
 
 
 def load_checkpoint(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from pyengine import _C
 from pyengine.errors import CheckpointError
 from pyengine.model.json_file import MAX_JSON_BYTES, parse_json_object, show
 
@@ -72,33 +73,42 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise CheckpointError(
-                    f"{path} is {size} bytes long, too short for a safetensors file; "
-                    "it may be an incomplete download"
-                )
+            header = _read_header(file, size, path)
             mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            data = memoryview(_C.FileView(mapping, file.fileno(), path))
     except (OSError, ValueError, OverflowError) as e:
         raise CheckpointError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    header_bytes = int.from_bytes(mapping[:8], "little")
+    data_start = 8 + len(header)
+    entries, metadata = parse_header(header, size - data_start, path)
+    tensors = {
+        name: Tensor(name, dtype, shape, data[data_start + begin : data_start + end], path)
+        for name, dtype, shape, begin, end in entries
+    }
+    return SafetensorsFile(path, tensors, metadata)
+
+
+def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
+    """The JSON of the header. Read, not mapped: its length may be a lie, the file may be cut meanwhile."""
+    start = file.read(8)
+    if len(start) < 8:
+        raise CheckpointError(
+            f"{path} is {size} bytes long, too short for a safetensors file; it may be an incomplete download"
+        )
+    header_bytes = int.from_bytes(start, "little")
     if header_bytes > MAX_JSON_BYTES or header_bytes > size - 8:
         hint = (
             "it is a Git LFS pointer; run 'git lfs pull'"
-            if mapping[:8] == b"version "
+            if start == b"version "
             else "the file is damaged, incomplete or not a safetensors file"
         )
         raise CheckpointError(
             f"{path}: the header claims {header_bytes} bytes, but the file has {size} "
             f"(and {MAX_JSON_BYTES} are allowed); {hint}"
         )
-    data_start = 8 + header_bytes
-    entries, metadata = parse_header(mapping[8:data_start], size - data_start, path)
-    data = memoryview(mapping)
-    tensors = {
-        name: Tensor(name, dtype, shape, data[data_start + begin : data_start + end], path)
-        for name, dtype, shape, begin, end in entries
-    }
-    return SafetensorsFile(path, tensors, metadata)
+    header = file.read(header_bytes)
+    if len(header) < header_bytes:
+        raise CheckpointError(f"{path} was truncated while it was read; load it again once it is complete")
+    return header
 
 
 class _Entry(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from safetensors.torch import save_file
 
+from pyengine import _C
 from pyengine.errors import CheckpointError
 from pyengine.model.safetensors import parse_header, read_safetensors
 
@@ -64,7 +64,7 @@ def test_data_stays_in_the_mapping(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     path.write_bytes(pack({"a": entry(), "b": entry(begin=8, end=16)}, bytes(range(16))))
     tensors = read_safetensors(path).tensors
-    assert isinstance(tensors["a"].data.obj, mmap.mmap)
+    assert isinstance(tensors["a"].data.obj, _C.FileView)
     assert tensors["a"].data.obj is tensors["b"].data.obj
     assert tensors["b"].data.readonly
     assert bytes(tensors["b"].data) == bytes(range(8, 16))
