@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, TokenizerError
 
 STANDARD_INPUT = "-"
 _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -143,6 +144,17 @@ def heading(number: int, prompt: str | list[int], detail: str = "") -> str:
     """The line between results, as ``head`` and ``tail`` set files apart; 60 characters of the prompt."""
     shown = quote(prompt)
     return f"==> {number}{detail}: {shown if len(shown) <= 60 else shown[:57] + '...'} <=="
+
+
+@contextmanager
+def naming(what: str, number: int, count: int) -> Iterator[None]:
+    """Errors of one of several texts say which it is, counted from 1 as the headings do."""
+    try:
+        yield
+    except (RequestError, TokenizerError) as error:
+        if count == 1:
+            raise
+        raise type(error)(f"{what} {number} of {count}: {error}") from error
 
 
 def note(message: str) -> None:

@@ -23,6 +23,7 @@ Examples:
   pyengine-cli doctor --json                for a report
 
 \b
+--json: sizes are bytes, times seconds, and what is missing is null.
 Exit status 1 if something that pyengine needs is missing or the self-test fails.
 """
 
@@ -44,7 +45,7 @@ def command(threads: int | None, as_json: bool) -> None:
         "threads": _threads,
         "memory": _memory,
         "cuda": lambda: {"available": False, "reason": "not in this build"},
-        "self-test": lambda: _self_test(threads),
+        "self_test": lambda: _self_test(threads),
     }
     report: dict[str, dict[str, Any]] = {}
     for name, check in checks.items():
@@ -59,20 +60,34 @@ def command(threads: int | None, as_json: bool) -> None:
         _text.print_json({**report, "ok": not failed})
     else:
         for name, values in report.items():
-            click.echo(name)
+            click.echo(name.replace("_", "-"))
             for key, value in values.items():
-                click.echo(f"  {key:<22} {_show(value)}")
-        click.echo(f"failed: {', '.join(failed)}" if failed else "all well")
+                click.echo(f"  {_label(key):<22} {_show(key, value)}")
+        click.echo(f"failed: {', '.join(failed).replace('_', '-')}" if failed else "all well")
     if failed:
         sys.exit(1)
 
 
-def _show(value: Any) -> str:
+def _label(key: str) -> str:
+    """``total_bytes`` as "total"; names of packages and variables as they are."""
+    if key.isupper() or key in _OPTIONAL:
+        return key
+    return key.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+
+
+def _show(key: str, value: Any) -> str:
+    """For people; --json has the values as they are."""
+    if value is None:
+        return f"not installed (optional: {_OPTIONAL[key]})" if key in _OPTIONAL else "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
         return ", ".join(map(str, value))
-    return "-" if value is None else str(value)
+    if key.endswith("_bytes"):
+        return _text.binary_size(value)
+    if key.endswith("_seconds"):
+        return f"{value * 1e3:.0f} ms"
+    return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
 def _version(name: str) -> str | None:
@@ -85,9 +100,7 @@ def _version(name: str) -> str | None:
 def _versions() -> dict[str, Any]:
     versions: dict[str, Any] = {"pyengine": pyengine.__version__, "python": platform.python_version()}
     versions["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
-    versions.update({name: _version(name) for name in _NEEDED})
-    for name, purpose in _OPTIONAL.items():
-        versions[name] = _version(name) or f"not installed (optional: {purpose})"
+    versions.update({name: _version(name) for name in (*_NEEDED, *_OPTIONAL)})
     missing = [name for name in _NEEDED if versions[name] is None]
     if missing:
         versions["error"] = f"not installed: {', '.join(missing)}; pip install {' '.join(missing)}"
@@ -99,8 +112,8 @@ def _processor() -> dict[str, Any]:
 
     return {
         "name": _field("/proc/cpuinfo", "model name") or platform.processor() or None,
-        "instruction sets": _C.available_isas(),
-        "in use": _C.ExecContext(1).isa,
+        "instruction_sets": _C.available_isas(),
+        "in_use": _C.ExecContext(1).isa,
         "PYENGINE_ISA": os.environ.get("PYENGINE_ISA"),
     }
 
@@ -111,23 +124,24 @@ def _threads() -> dict[str, Any]:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return {
         "processors": os.cpu_count(),
-        "allowed by affinity": affinity,
-        "default": f"{_C.default_num_threads()} (affinity and cgroup quota)",
+        "allowed_by_affinity": affinity,
+        "default": _C.default_num_threads(),  # cgroup quota included
     }
 
 
 def _memory() -> dict[str, Any]:
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     return {
-        "total": _kilobytes("MemTotal"),
-        "available": _kilobytes("MemAvailable"),
-        "limit of the cgroup": _text.binary_size(int(limit)) if limit.isdigit() else None,
+        "total_bytes": _kilobytes("MemTotal"),
+        "available_bytes": _kilobytes("MemAvailable"),
+        "cgroup_limit_bytes": int(limit) if limit.isdigit() else None,
     }
 
 
-def _kilobytes(field: str) -> str | None:
+def _kilobytes(field: str) -> int | None:
+    """A field of /proc/meminfo, in bytes."""
     value = _field("/proc/meminfo", field)
-    return _text.binary_size(int(value.split()[0]) * 1024) if value else None
+    return int(value.split()[0]) * 1024 if value else None
 
 
 def _self_test(threads: int | None) -> dict[str, Any]:
@@ -141,9 +155,9 @@ def _self_test(threads: int | None) -> dict[str, Any]:
     done = time.perf_counter()
     alone = LLM(num_threads=1).generate("The old house", greedy)[0].outputs[0].token_ids
     result: dict[str, Any] = {
-        "bundled model loads": f"{(loaded - start) * 1e3:.0f} ms",
-        "speed": f"{len(tokens) / (done - loaded):.0f} tokens/s",
-        "threads agree": tokens == alone,
+        "load_seconds": round(loaded - start, 6),
+        "tokens_per_second": round(len(tokens) / (done - loaded), 1),
+        "threads_agree": tokens == alone,
     }
     if tokens != alone:
         result["error"] = f"one thread gives {alone}, all threads {tokens}; please report this"

@@ -10,6 +10,7 @@ import click
 from pyengine.cli import _options, _text
 
 if TYPE_CHECKING:
+    from pyengine.model.tokenizer import Tokenizer
     from pyengine.outputs import Choice, ScoreOutput
 
 _EPILOG = """\b
@@ -67,14 +68,16 @@ def command(
     _text.prepare_output()
     llm = _options.open_llm(**engine)
     for number, prompt in enumerate(prompts, 1):
-        if choices:
-            ranked = llm.choose(prompt, [parse(choice) for choice in choices], add_bos=add_bos)
-            rows = [_choice_row(choice) for choice in ranked]
-            result, lines = {"text": prompt, "choices": rows}, _choice_lines(rows)
-        else:
-            following = None if continuation is None else parse(continuation)
-            score = llm.score(prompt, following, add_bos=add_bos)
-            result, lines = {"text": prompt, **_score_row(score, continuation)}, _score_lines(score)
+        with _text.naming("text", number, len(prompts)):
+            if choices:
+                ranked = llm.choose(prompt, [parse(choice) for choice in choices], add_bos=add_bos)
+                rows = [_choice_row(choice) for choice in ranked]
+                result, lines = {"text": prompt, "choices": rows}, _choice_lines(rows)
+            else:
+                following = None if continuation is None else parse(continuation)
+                score = llm.score(prompt, following, add_bos=add_bos)
+                result = {"text": prompt, **_score_row(score, continuation)}
+                lines = _score_lines(score, llm.tokenizer)
         if as_json:
             _text.print_json(result)
         else:
@@ -97,14 +100,11 @@ def _score_row(score: ScoreOutput, continuation: str | None) -> dict[str, Any]:
     }
 
 
-def _score_lines(score: ScoreOutput) -> list[str]:
+def _score_lines(score: ScoreOutput, tokenizer: Tokenizer | None) -> list[str]:
     lines = [f"{'position':>8}  {'id':>6}  {'logprob':>9}  {'prob':>8}  token"]
-    pieces = score.tokens or [""] * len(score.token_ids)
-    for index, (token, piece, logprob) in enumerate(
-        zip(score.token_ids, pieces, score.logprobs, strict=True)
-    ):
+    for index, (token, logprob) in enumerate(zip(score.token_ids, score.logprobs, strict=True)):
         value = f"{'-':>9}  {'-':>8}" if logprob is None else f"{logprob:9.4f}  {math.exp(logprob):8.2%}"
-        shown = _text.quote(piece) if piece else "-"
+        shown = _text.quote(tokenizer.readable_piece(token)) if tokenizer else "-"
         lines.append(f"{score.num_context_tokens + index:8d}  {token:6d}  {value}  {shown}")
     totals = f"tokens {score.num_scored}   log-probability {score.total_logprob:.4f}"
     if score.num_scored:

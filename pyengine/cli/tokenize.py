@@ -13,7 +13,8 @@ Examples:
   pyengine-cli tokenize --model ./gpt2 --ids 15496,11,616,3290
 
 \b
-Standard output: id and piece of each token, a line each; with --ids the text. A prompt of generate is
+Standard output: id and piece of each token, a line each; with --ids the text. Bytes that are no whole
+character are shown as <0xE7>. A prompt of generate is
 tokenized in the same way, special tokens in front included.
 """
 
@@ -26,6 +27,7 @@ tokenized in the same way, special tokens in front included.
 @click.option(
     "--ids", is_flag=True, help="TEXTS are token ids, e.g. 15496,11: print the text they stand for."
 )
+@click.option("--raw", is_flag=True, help="Pieces as the vocabulary spells them (Ġhouse), as in --json.")
 @click.option("--skip-special-tokens", is_flag=True, help="With --ids: leave special tokens out of the text.")
 @_options.model
 @_options.json_lines
@@ -33,6 +35,7 @@ def command(
     texts: tuple[str, ...],
     file: str | None,
     ids: bool,
+    raw: bool,
     skip_special_tokens: bool,
     model: str | None,
     as_json: bool,
@@ -54,9 +57,11 @@ def command(
         raise TokenizerError(f"{directory} has no tokenizer files: its prompts are token ids")
     for number, prompt in enumerate(prompts, 1):
         decoding = isinstance(prompt, list)
-        token_ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)
-        text = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens) if decoding else prompt
-        pieces = [tokenizer.id_to_piece(token) for token in token_ids]
+        with _text.naming("text", number, len(prompts)):
+            token_ids = prompt if isinstance(prompt, list) else tokenizer.encode(prompt)
+            text = tokenizer.decode(token_ids, skip_special_tokens) if isinstance(prompt, list) else prompt
+        spell = tokenizer.id_to_piece if raw or as_json else tokenizer.readable_piece
+        pieces = [spell(token) for token in token_ids]
         if as_json:
             _text.print_json(
                 {"text": text, "token_ids": token_ids, "pieces": pieces, "count": len(token_ids)}

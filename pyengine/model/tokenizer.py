@@ -69,6 +69,11 @@ class Tokenizer(ABC):
         """The piece as the vocabulary spells it ("Ġhello", "##ing", "▁word"); "" for an id without one."""
         return self.find_piece(token_id) or ""
 
+    def readable_piece(self, token_id: int) -> str:
+        """The piece for people: with its spaces and characters instead of the vocabulary's spelling of them
+        ("Ġé" is " é"), and "<0xE7>" for each byte of a piece that is no whole character."""
+        return self.id_to_piece(token_id)
+
     def find_piece(self, token_id: int) -> str | None:
         """The piece of an id, None for an id of the model that has none; TokenizerError outside of both."""
         if token_id >= 0:

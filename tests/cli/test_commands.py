@@ -84,9 +84,26 @@ def test_tokenize_and_back(run: Run, llm: LLM) -> None:
     assert json.loads(run("tokenize", "--ids", "--json", " ".join(map(str, ids))).stdout)["text"] == text
 
 
+def test_pieces_for_people_and_for_programs(run: Run) -> None:
+    table = run("tokenize", "my dog, 犬").stdout
+    assert '" dog"' in table and "Ġ" not in table
+    assert [f"<0x{byte:02X}>" in table for byte in "犬".encode()] == [True] * 3
+    assert '"Ġdog"' in run("tokenize", "--raw", "my dog, 犬").stdout
+    assert "Ġdog" in json.loads(run("tokenize", "--json", "my dog").stdout)["pieces"]
+    assert '" dog"' in run("score", "my dog").stdout
+
+
 def test_tokenize_several(run: Run) -> None:
     assert run("tokenize", "a", "b").stdout.count("==>") == 2
     assert run("tokenize").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["tokenize", "score"])
+def test_one_of_several_texts_is_named_as_its_heading_would(run: Run, command: str) -> None:
+    result = run(command, "--ids", "1,2", "3,999999")
+    assert result.exit_code == 1 and result.stdout.startswith("==> 1: ")
+    assert result.stderr.startswith("pyengine: text 2 of 2: ") and "999999" in result.stderr
+    assert "text 1" not in run(command, "--ids", "3,999999").stderr
 
 
 def test_tokenize_without_a_tokenizer(run: Run, checkpoint: Callable[[str], Path]) -> None:
@@ -137,8 +154,11 @@ def test_doctor_finds_all_well(run: Run) -> None:
     assert result.exit_code == 0, result.stdout
     assert result.stdout.endswith("all well\n")
     report = json.loads(run("doctor", "--json").stdout)
-    assert report["ok"] and report["processor"]["in use"] in report["processor"]["instruction sets"]
-    assert report["self-test"]["threads agree"] and report["cuda"] == {
+    assert report["ok"] and report["processor"]["in_use"] in report["processor"]["instruction_sets"]
+    assert report["memory"]["total_bytes"] is None or report["memory"]["total_bytes"] > 2**20
+    assert report["threads"]["default"] == default_num_threads()
+    assert isinstance(report["self_test"]["load_seconds"], float)
+    assert report["self_test"]["threads_agree"] and report["cuda"] == {
         "available": False,
         "reason": "not in this build",
     }
@@ -150,7 +170,7 @@ def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert result.exit_code == 1
     assert "pip install no-such-package" in result.stdout and result.stdout.endswith("failed: versions\n")
     report = json.loads(run("doctor", "--json").stdout)
-    assert not report["ok"] and report["self-test"]["threads agree"]
+    assert not report["ok"] and report["self_test"]["threads_agree"]
 
 
 def without(directory: Path, target: Path, *names: str) -> Path:

@@ -397,3 +397,17 @@ def test_loading_imports_no_more_than_it_needs(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True, cwd=root
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "json", "sp", "sp-bytes", "wordpiece"])
+def test_readable_pieces_are_the_text(kind: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path / kind))
+    assert tokenizer is not None
+    readable = "".join(tokenizer.readable_piece(i) for i in tokenizer.encode("my dog"))
+    assert readable.replace("##", "").endswith("dog")
+    assert not set(readable) & {"Ġ", "▁"}
+    if kind == "bpe":
+        assert [tokenizer.readable_piece(i) for i in tokenizer.encode("\x7fé")][0] == "\x7f"
+    if kind.startswith("sp"):
+        spelled = [tokenizer.readable_piece(i) for i in tokenizer.encode("😈")]
+        assert ("<0xF0>" in spelled) == (kind == "sp-bytes")

@@ -109,6 +109,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def _piece(self, token_id: int) -> str | None:
         return self._backend.id_to_token(token_id) if token_id < 2**32 else None
 
+    def readable_piece(self, token_id: int) -> str:
+        if self._decoder_type == "ByteLevel":
+            data = self._bytes[False][token_id]
+            try:
+                return data.decode("utf-8")
+            except UnicodeDecodeError:
+                return "".join(f"<0x{byte:02X}>" for byte in data)
+        piece = self.id_to_piece(token_id)
+        return piece.replace("▁", " ") if self._decoder_type == "Metaspace" else piece
+
     def is_special(self, token_id: int) -> bool:
         return self.find_piece(token_id) in self._special_contents
 

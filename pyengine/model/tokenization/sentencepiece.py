@@ -113,6 +113,9 @@ class SentencePieceTokenizer(Tokenizer):
             return token.content
         return self._processor.id_to_piece(token_id) if token_id < self._size else None
 
+    def readable_piece(self, token_id: int) -> str:
+        return self.id_to_piece(token_id).replace(_SPACE, " ")
+
     def is_special(self, token_id: int) -> bool:
         return self.find_piece(token_id) in self.special_contents or token_id in self._special_ids
 
