@@ -38,7 +38,8 @@ class LLM:
     dtype: what to compute in; "auto" is bfloat16 for bfloat16 files, otherwise float32 (float16 files
         included: a CPU has no float16 arithmetic worth using, so "float16" is refused).
     quantization: None.
-    kv_cache_dtype: "auto" (as ``dtype``), "float32" or "bfloat16".
+    kv_cache_dtype: how keys and values are kept: "auto" (as ``dtype``), "float32", "bfloat16", or "int8"
+        with a float32 scale per token and head, about a quarter of float32's memory.
     num_threads: worker threads [the processors this process may use].
     max_model_len: tokens of a sequence at most, prompt and new ones together [``n_positions``].
     max_num_seqs: sequences that run at once, each sample counting as one.

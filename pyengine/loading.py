@@ -113,5 +113,7 @@ def _check_back_end(device: str, dtype: str, quantization: str | None, kv_cache_
         raise ConfigError(
             f"quantization={quantization!r}: this build of pyengine does not quantise; use None"
         )
-    if kv_cache_dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f'kv_cache_dtype={kv_cache_dtype!r}: must be "auto", "float32" or "bfloat16"')
+    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "int8"):
+        raise ConfigError(
+            f'kv_cache_dtype={kv_cache_dtype!r}: must be "auto", "float32", "bfloat16" or "int8"'
+        )

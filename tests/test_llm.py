@@ -350,7 +350,7 @@ def test_a_cache_too_small_for_the_request(checkpoint: Callable[[str], Path]) ->
         ("dtype", "float16"),
         ("dtype", "int8"),
         ("quantization", "int8"),
-        ("kv_cache_dtype", "int8"),
+        ("kv_cache_dtype", "int4"),
         ("num_threads", 0),
         ("max_model_len", 513),
         ("max_num_seqs", 0),

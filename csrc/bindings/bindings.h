@@ -78,6 +78,7 @@ struct PySampler {
 
 // Throws ConfigError unless `name` is "float32", "bfloat16" or "float16".
 DType dtype_from(const std::string& name);
+DType kv_dtype_from(const std::string& name);              // "float32", "bfloat16" or "int8"
 ops::Activation activation_from(const std::string& name);  // also "none"
 
 void bind_kv(py::module_& m);

@@ -34,7 +34,7 @@ void bind_kv(py::module_& m) {
       .def("check_invariants", &BlockManager::check_invariants);
 
   auto layout = [](int32_t n_head, int32_t head_dim, const std::string& dtype) {
-    return KVLayout{dtype_from(dtype), n_head, head_dim};
+    return KVLayout{kv_dtype_from(dtype), n_head, head_dim};
   };
   py::class_<PyKVCache>(m, "KVCache")
       .def(py::init([layout](int32_t n_layer, int32_t n_head, int32_t head_dim, int32_t num_blocks,

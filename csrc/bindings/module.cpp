@@ -39,6 +39,13 @@ DType dtype_from(const std::string& name) {
   throw ConfigError("dtype is '" + name + "', but must be float32, bfloat16 or float16");
 }
 
+DType kv_dtype_from(const std::string& name) {
+  for (DType dtype : {DType::f32, DType::bf16, DType::i8}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  throw ConfigError("KV cache: dtype is '" + name + "', but must be float32, bfloat16 or int8");
+}
+
 ops::Activation activation_from(const std::string& name) {
   if (name == "none") return ops::Activation::none;
   if (name == "gelu_tanh") return ops::Activation::gelu_tanh;

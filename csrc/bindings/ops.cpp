@@ -258,12 +258,21 @@ py::array convert(PyExecContext& ctx, const py::array& src, const std::string& s
 py::array read_block(PyKVCache& kv, int32_t layer, int32_t block) {
   const KVLayerView view = layer_of(kv, layer);
   require(block >= 0 && block < view.num_blocks, "the cache has no such block");
-  py::array out = empty({view.layout.block_elements()}, view.layout.dtype);
+  const size_t bytes = view.layout.block_bytes();
+  py::array_t<uint8_t> out(static_cast<py::ssize_t>(bytes));
   std::lock_guard<std::mutex> lock(kv.mutex);
-  std::memcpy(out.mutable_data(),
-              static_cast<const std::byte*>(view.data) + view.layout.block_bytes() * block,
-              view.layout.block_bytes());
+  std::memcpy(out.mutable_data(), static_cast<const std::byte*>(view.data) + bytes * block, bytes);
   return out;
+}
+
+void write_block(PyKVCache& kv, int32_t layer, int32_t block, const py::array_t<uint8_t>& data) {
+  const KVLayerView view = layer_of(kv, layer);
+  require(block >= 0 && block < view.num_blocks, "the cache has no such block");
+  const size_t bytes = view.layout.block_bytes();
+  require(static_cast<size_t>(data.nbytes()) == bytes,
+          "a block has " + std::to_string(bytes) + " bytes");
+  std::lock_guard<std::mutex> lock(kv.mutex);
+  std::memcpy(static_cast<std::byte*>(view.data) + bytes * block, data.data(), bytes);
 }
 
 }  // namespace
@@ -286,6 +295,7 @@ void bind_ops(py::module_& m) {
   m.def("copy_blocks", &copy_blocks, arg("ctx"), arg("kv"), arg("layer"), arg("pairs"));
   m.def("convert", &convert, arg("ctx"), arg("src"), arg("src_dtype"), arg("dst_dtype"));
   m.def("read_block", &read_block, arg("kv"), arg("layer"), arg("block"));
+  m.def("write_block", &write_block, arg("kv"), arg("layer"), arg("block"), arg("data"));
 }
 
 }  // namespace pyengine::bindings

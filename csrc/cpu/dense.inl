@@ -60,10 +60,24 @@ PYENGINE_INLINE void copy_f32(const float* y, int64_t n, float* out) {
   __builtin_memcpy(out, y, static_cast<size_t>(n) * sizeof(float));
 }
 
+// Channels [d0, d0 + n) of a head's key to its place in a bf16 block (kv/layout.h).
+static void scatter_key_bf16(const float* y, int64_t d0, int64_t n, int64_t head_dim,
+                             uint16_t* key) {
+  uint16_t halves[kMaxHeadDim] = {};
+  copy_bf16(y, n, halves);
+  int64_t i = 0;
+  if (d0 % 2 != 0) key[d0 / 2 * 32 + 1] = halves[i++];  // its pair is another item's
+  for (; i + 1 < n; i += 2) __builtin_memcpy(key + (d0 + i) / 2 * 32, halves + i, 4);
+  if (i == n) return;
+  key[(d0 + i) / 2 * 32] = halves[i];
+  if (d0 + i + 1 == head_dim) key[(d0 + i) / 2 * 32 + 1] = 0;
+}
+
 // Columns [col, col + n) of one row of q | k | v to the query buffer and the cache (kv/layout.h).
 static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, const float* y) {
+  const KVMemory& kv = j.kv;
   const int64_t channels = j.out_features / 3, slot = j.kv_slot[row] % 16;
-  const int64_t block = j.kv_slot[row] / 16 * j.kv_block_elements;
+  char* block = kv.data + j.kv_slot[row] / 16 * kv.block_bytes;
   while (n > 0) {
     const int64_t part = col / channels, channel = col % channels;
     int64_t count;
@@ -71,24 +85,23 @@ static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, 
       count = smaller(n, channels - channel);
       copy_f32(y, count, static_cast<float*>(j.out) + row * j.out_stride + channel);
     } else {
-      const int64_t head = channel / j.head_dim, d0 = channel % j.head_dim;
-      count = smaller(n, j.head_dim - d0);
-      if (part == 1 && j.kv_bf16) {
-        uint16_t* key = static_cast<uint16_t*>(j.kv) + block + head * j.head_dim_k * 16 + slot * 2;
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t d = d0 + i;
-          store_bf16(key + d / 2 * 32 + d % 2, set1(y[i]), 1);
-        }
+      const int64_t head = channel / kv.head_dim, d0 = channel % kv.head_dim;
+      count = smaller(n, kv.head_dim - d0);
+      char* key = block + head * kv.key_bytes;
+      char* value = block + kv.values_at + head * kv.value_bytes;
+      if (part == 1 && kv.dtype == DType::bf16) {
+        scatter_key_bf16(y, d0, count, kv.head_dim, reinterpret_cast<uint16_t*>(key) + slot * 2);
       } else if (part == 1) {
-        float* key = static_cast<float*>(j.kv) + block + (head * j.head_dim_k + d0) * 16 + slot;
-        for (int64_t i = 0; i < count; ++i) key[i * 16] = y[i];
-      } else {
-        const int64_t at = block + j.kv_key_elements + (head * 16 + slot) * j.head_dim_v + d0;
-        if (j.kv_bf16) {
-          copy_bf16(y, count, static_cast<uint16_t*>(j.kv) + at);
-        } else {
-          copy_f32(y, count, static_cast<float*>(j.kv) + at);
+        float* to = reinterpret_cast<float*>(key) + d0 * 16 + slot;
+        for (int64_t i = 0; i < count; ++i) to[i * 16] = y[i];
+      } else if (kv.dtype == DType::bf16) {
+        uint16_t* to = reinterpret_cast<uint16_t*>(value) + (slot / 2 * kv.head_dim_v + d0) * 2;
+        for (int64_t i = 0; i < count; i += kLanes) {
+          const int64_t lanes = smaller(count - i, kLanes);
+          store_half(to + 2 * i, load_upto(y + i, lanes), static_cast<int>(lanes), slot % 2);
         }
+      } else {
+        copy_f32(y, count, reinterpret_cast<float*>(value) + slot * kv.head_dim_v + d0);
       }
     }
     col += count;

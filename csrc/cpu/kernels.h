@@ -21,6 +21,16 @@ enum class Store : uint8_t {
   qkv,       // columns [0, C) to out[r][n] f32, [C, 2C) to keys and [2C, 3C) to values of the cache
 };
 
+// One layer of the KV cache (csrc/kv/layout.h), in bytes.
+struct KVMemory {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t block_bytes = 0;
+  int64_t key_bytes = 0, value_bytes = 0;  // of one head in a block
+  int64_t values_at = 0;                   // where in a block the values begin
+  int64_t n_head = 0, head_dim = 0, head_dim_v = 0;
+};
+
 // out = store(activation(x w + bias)); see ops.h for the order of the sums.
 struct DenseJob {
   const void* x = nullptr;  // (R, K) f32, or what DenseKernels::prepare made of bf16 rows
@@ -36,13 +46,9 @@ struct DenseJob {
   int64_t out_stride = 0;  // elements from row to row of out
   int64_t out_row0 = 0;    // row and column of out[0]
   int64_t out_col0 = 0;
-  // Store::qkv only (csrc/kv/layout.h):
+  // Store::qkv only; the cache's dtype is f32 or bf16:
   const int64_t* kv_slot = nullptr;  // (R,) physical block * 16 + slot within the block
-  void* kv = nullptr;
-  bool kv_bf16 = false;
-  int64_t kv_block_elements = 0;
-  int64_t kv_key_elements = 0;
-  int64_t head_dim = 0, head_dim_k = 0, head_dim_v = 0;
+  KVMemory kv;
 };
 
 struct DenseKernels {
@@ -59,17 +65,38 @@ struct DenseKernels {
 };
 
 struct AttentionJob {
-  const float* q = nullptr;            // (T, C)
-  const int32_t* positions = nullptr;  // (T,)
-  const void* kv = nullptr;
-  bool kv_bf16 = false;
-  int64_t kv_block_elements = 0;
-  int64_t kv_key_elements = 0;
+  const float* q = nullptr;            // (R, C)
+  const int32_t* positions = nullptr;  // (R,)
+  KVMemory kv;
   int64_t channels = 0;  // C
-  int64_t head_dim = 0, head_dim_k = 0, head_dim_v = 0;
-  float scale = 1.0f;
-  void* out = nullptr;  // (T, C)
+  float scale = 1.0f;    // of the scores, times log2 e
+  void* out = nullptr;   // (R, C)
   bool out_bf16 = false;
+};
+
+// Rows [row0, row0 + num_rows) of one sequence, positions rising; heads [head0, head0 + num_heads).
+struct AttentionItem {
+  const int32_t* block_table = nullptr;  // the sequence's
+  int64_t row0 = 0;
+  int num_rows = 0;
+  int head0 = 0, num_heads = 0;
+  // -1: all keys, into `out`. Else that segment only, into `partials`: [num_heads][num_rows].
+  int segment = -1;
+  float* partials = nullptr;
+};
+
+constexpr int kMaxAttentionRows = 32;  // of an item
+
+struct AttentionKernels {
+  int max_rows;    // of an item, at most kMaxAttentionRows
+  int max_shared;  // rows up to which an item may have several heads
+  int64_t (*scratch_floats)(const AttentionJob& job, int num_rows, int num_heads);
+  void (*run)(const AttentionJob& job, const AttentionItem& item, float* scratch);
+  // Floats of one head's row in `partials`.
+  int64_t (*part_floats)(const AttentionJob& job);
+  // Merges the partials of segments 0, 1, ... of `item`, `stride` floats apart, into `out`.
+  void (*merge)(const AttentionJob& job, const AttentionItem& item, const float* partials,
+                int64_t stride, int num_segments, float* scratch);
 };
 
 struct Kernels {
@@ -77,11 +104,9 @@ struct Kernels {
   DenseKernels dense_f32;
   DenseKernels dense_bf16;
 
-  // Rows [token0, token0 + num_rows) of one sequence, whose positions rise by one; num_rows is at
-  // most attention_rows. block_table is the sequence's.
-  void (*attention)(const AttentionJob& job, const int32_t* block_table, int64_t head,
-                    int64_t token0, int num_rows);
-  int attention_rows;
+  AttentionKernels attention_f32, attention_bf16, attention_i8;  // by the cache's dtype
+  // One token's keys and values, (C,) each, to slot `slot` of an i8 cache.
+  void (*quantize_kv)(const KVMemory& kv, int64_t slot, const float* keys, const float* values);
 
   // One row of n channels; out f32 or bf16.
   void (*layer_norm)(const float* x, int64_t n, const float* gain, const float* bias, float eps,

@@ -23,6 +23,22 @@ PYENGINE_INLINE Vf exp(Vf x) {
   return mul(p, as_float(add(shift_left<23>(as_int(t)), set1(0x3f800000))));
 }
 
+// 2^x for x <= 0, relative error below 1e-7; 0 below -126.5, NaN for NaN.
+PYENGINE_INLINE Vf exp2_nonpositive(Vf x) {
+  x = max(set1(-127.0f), x);  // in this order NaN stays
+  const Vf shift = set1(12582912.0f);
+  const Vf t = add(x, shift);
+  const Vf r = sub(x, sub(t, shift));  // exact, |r| <= 1/2
+  Vf p = set1(1.5345812e-4f);          // minimax for the relative error on [-1/2, 1/2]
+  p = fma(p, r, set1(1.3399931e-3f));
+  p = fma(p, r, set1(9.6184890e-3f));
+  p = fma(p, r, set1(5.5503288e-2f));
+  p = fma(p, r, set1(2.4022647e-1f));
+  p = fma(p, r, set1(6.9314721e-1f));
+  p = fma(p, r, set1(1.0f));
+  return mul(p, as_float(add(shift_left<23>(as_int(t)), set1(0x3f800000))));
+}
+
 // Two polynomials joined at 475/512, as in N. Juffa's erff (1 ulp).
 PYENGINE_INLINE Vf erf(Vf x) {
   Vf a = abs(x), s = mul(x, x);

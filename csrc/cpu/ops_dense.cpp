@@ -1,14 +1,17 @@
 // linear, linear_residual and qkv of ops.h.
 #include <algorithm>
+#include <cstring>
 
 #include "core/errors.h"
 #include "cpu/dense_items.h"
+#include "cpu/kv_memory.h"
 
 namespace pyengine::cpu {
 namespace {
 
 constexpr int64_t kMaxItemRows = 512;  // their sums stay in a 2 MB L2 beside the packed weights
 constexpr int64_t kPrepareRows = 16;
+constexpr int64_t kQuantizeRows = 4;  // a few microseconds: fewer are not worth waking a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -125,18 +128,29 @@ void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
     }
   }
   cpu::DenseJob job = cpu::prepare_dense(ctx, x, batch.num_tokens, w, bias);
-  job.store = cpu::Store::qkv;
-  job.out = q;
-  job.out_stride = w.out_features / 3;
-  job.kv_slot = slots;
-  job.kv = cache.data;
-  job.kv_bf16 = cache.layout.dtype == DType::bf16;
-  job.kv_block_elements = cache.layout.block_elements();
-  job.kv_key_elements = cache.layout.key_elements();
-  job.head_dim = cache.layout.head_dim;
-  job.head_dim_k = cache.layout.head_dim_k();
-  job.head_dim_v = cache.layout.head_dim_v();
-  cpu::run_items(ctx, job, batch.num_tokens, cpu::dense_kernels(ctx.kernels, w.dtype));
+  job.kv = cpu::kv_memory(cache);
+  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, w.dtype);
+  if (cache.layout.dtype != DType::i8) {
+    job.store = cpu::Store::qkv;
+    job.out = q;
+    job.out_stride = w.out_features / 3;
+    job.kv_slot = slots;
+    return cpu::run_items(ctx, job, batch.num_tokens, kernels);
+  }
+  // The scale of a head is known once all of its channels are: q, k and v first, then the cache.
+  const int64_t channels = w.out_features / 3;
+  float* qkv = ctx.arena.take<float>(batch.num_tokens * 3 * channels);
+  job.out = qkv;
+  job.out_stride = 3 * channels;
+  cpu::run_items(ctx, job, batch.num_tokens, kernels);
+  ctx.pool.parallel_for(cpu::ceil_div(batch.num_tokens, cpu::kQuantizeRows), [&](int64_t i, int) {
+    const int64_t end = std::min<int64_t>((i + 1) * cpu::kQuantizeRows, batch.num_tokens);
+    for (int64_t t = i * cpu::kQuantizeRows; t < end; ++t) {
+      const float* row = qkv + t * 3 * channels;
+      std::memcpy(q + t * channels, row, channels * sizeof(float));
+      ctx.kernels.quantize_kv(job.kv, slots[t], row + channels, row + 2 * channels);
+    }
+  });
 }
 
 }  // namespace pyengine::ops

@@ -99,6 +99,15 @@ PYENGINE_INLINE void store_bf16(uint16_t* p, Vf a, int n) {
   store_bf16(copy, a);
   __builtin_memcpy(p, copy, static_cast<size_t>(n) * 2);
 }
+PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
+  uint16_t copy[kLanes];
+  store_bf16(copy, a);
+  for (int i = 0; i < n; ++i) words[2 * i + half] = copy[i];
+}
+PYENGINE_INLINE Vf load_i8(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
 PYENGINE_INLINE Vf load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -92,6 +92,16 @@ PYENGINE_INLINE void store_bf16(uint16_t* p, Vf a) {
 PYENGINE_INLINE void store_bf16(uint16_t* p, Vf a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow(a));
 }
+PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
+  Vi bits = _mm512_cvtepu16_epi32(narrow(a));
+  bits = _mm512_sll_epi32(bits, _mm_cvtsi32_si128(16 * half));
+  const uint64_t wanted = (uint64_t{1} << 2 * n) - 1;
+  _mm512_mask_storeu_epi16(words, static_cast<__mmask32>(wanted & (0x55555555u << half)), bits);
+}
+PYENGINE_INLINE Vf load_i8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
 PYENGINE_INLINE Vf load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }

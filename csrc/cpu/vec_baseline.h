@@ -10,6 +10,8 @@
 //   at_least_bits     bit i: a[i] >= b[i]
 //   low_half, high_half, load_bf16, store_bf16
 //                     bf16 in the halves of a word, or packed (stored rounded to nearest even)
+//   store_half        bf16 of the first n lanes to the low (0) or the high (1) halves of n words
+//   load_i8           kLanes bytes
 //   sum, max_of       over lanes, in a fixed order
 //   transpose         kLanes x kLanes words in place
 //   interleave        lanes 0 2 4 … in a, 1 3 5 … in b -> the first and the second half in order
@@ -143,6 +145,17 @@ PYENGINE_INLINE void store_bf16(uint16_t* p, Vf a) {
 PYENGINE_INLINE void store_bf16(uint16_t* p, Vf a, int n) {
   Halves halves = narrow(a);
   for (int i = 0; i < n; ++i) p[i] = halves[i];
+}
+
+PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
+  Halves halves = narrow(a);
+  for (int i = 0; i < n; ++i) words[2 * i + half] = halves[i];
+}
+PYENGINE_INLINE Vf load_i8(const int8_t* p) {
+  using Bytes = int8_t __attribute__((vector_size(4)));
+  Bytes a;
+  __builtin_memcpy(&a, p, sizeof a);
+  return __builtin_convertvector(a, Vf);
 }
 
 // f16 without hardware: the exponent is moved by a multiplication, which also makes and takes

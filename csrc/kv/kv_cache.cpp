@@ -28,7 +28,7 @@ KVCache::KVCache(int32_t n_layer, const KVLayout& layout, int32_t num_blocks)
   }
   require_positive("num_blocks", num_blocks);
   if (layout.dtype == DType::f16) {
-    throw ConfigError("KV cache: the dtype is float16, but must be float32 or bfloat16");
+    throw ConfigError("KV cache: the dtype is float16, but must be float32, bfloat16 or int8");
   }
   layer_bytes_ = (layout.block_bytes() * num_blocks + 63) / 64 * 64;
   // Pages of 4 KB on purpose: with huge pages a request of one block would touch 2 MB in every

@@ -10,9 +10,9 @@ namespace pyengine {
 
 class KVCache {
  public:
-  // Throws ConfigError for sizes below 1, a head_dim above kMaxHeadDim or a dtype other than f32
-  // and bf16, OutOfMemory if the address space does not suffice. Memory is used from the moment a
-  // block is first written.
+  // Throws ConfigError for sizes below 1, a head_dim above kMaxHeadDim or a dtype other than f32,
+  // bf16 and i8, OutOfMemory if the address space does not suffice. Memory is used from the moment
+  // a block is first written.
   KVCache(int32_t n_layer, const KVLayout& layout, int32_t num_blocks);
 
   int32_t n_layer() const { return n_layer_; }

@@ -12,8 +12,8 @@
 //                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
 //                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
 //                  back ends without FMA round the product first; a short last block ends early)
-//   attention      tiles of 64 keys aligned to absolute position 0, online softmax from one tile
-//                  to the next
+//   attention      segments of 256 keys aligned to absolute position 0, each with a softmax of its
+//                  own (its maximum, its chain over values from zero), merged in order
 #pragma once
 
 #include <cstdint>
@@ -69,6 +69,7 @@ void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const We
 
 // q, k, v = split(x w + bias); q to `q`, k and v rounded to the cache's dtype and written to their
 // slots: token t of sequence b at position p goes to block block_table[b][p / 16], slot p % 16.
+// An i8 cache has a scale per token and head, max |x| / 127.
 //   x (T, C) act; w (C, 3C); bias (3C,); q (T, C) f32
 void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
          const RaggedBatch& batch, float* q, const KVLayerView& cache);

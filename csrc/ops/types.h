@@ -9,7 +9,7 @@
 namespace pyengine::ops {
 
 constexpr int kReductionBlock = 256;  // k's of one chain; as accurate as PyTorch's blocked sums
-constexpr int kKeyTile = 64;          // keys of one attention tile: 4 KV blocks
+constexpr int kKeySegment = 256;      // keys that attention weighs against one maximum: 16 blocks
 
 enum class Activation : uint8_t {
   none,

@@ -206,8 +206,12 @@ TEST(random_schedules_balance) {
 TEST(cache_layers_lie_apart) {
   pyengine::KVLayout layout{pyengine::DType::bf16, 3, 5};
   pyengine::KVCache cache(2, layout, 7);
-  CHECK_EQ(layout.block_elements(), int64_t{3 * 16 * (6 + 16)});
+  CHECK_EQ(layout.block_bytes(), size_t{2 * 3 * 16 * (6 + 16)});
   CHECK_EQ(cache.block_bytes(), size_t{2 * 2 * 3 * 16 * (6 + 16)});
+  const pyengine::KVLayout bytes{pyengine::DType::i8, 3, 5};  // a float scale per token and head
+  CHECK_EQ(bytes.block_bytes(), size_t{3 * 16 * ((4 + 5) + (4 + 16))});
+  const pyengine::KVLayout floats{pyengine::DType::f32, 3, 5};
+  CHECK_EQ(floats.block_bytes(), size_t{4 * 3 * 16 * (5 + 16)});
   auto* first = static_cast<std::byte*>(cache.layer(0).data);
   auto* second = static_cast<std::byte*>(cache.layer(1).data);
   CHECK(second >= first + 7 * layout.block_bytes());

@@ -264,8 +264,9 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
                            " heads " + std::to_string(heads) + " head_dim " +
                            std::to_string(head_dim);
   const int64_t channels = static_cast<int64_t>(heads) * head_dim;
-  const std::vector<int> lengths = {1, quick ? 83 : 150, 64, 17};
-  const int max_blocks = 10, num_blocks = 40, seqs = static_cast<int>(lengths.size());
+  // The second crosses from one segment of keys to the next.
+  const std::vector<int> lengths = {1, quick ? 270 : 300, 64, 17};
+  const int max_blocks = 20, num_blocks = 80, seqs = static_cast<int>(lengths.size());
   int total = 0;
   for (int n : lengths) total += n;
   Tensor x(act, total * channels, 1.0f),
@@ -281,7 +282,7 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
   // Runs all sequences in chunks of at most `chunk` tokens; returns q and out of every token.
   auto run = [&](int threads, int chunk, std::vector<char>& cache, std::vector<float>& all_q) {
     Context c(threads, isa);
-    cache.assign(layout.block_bytes() * num_blocks, static_cast<char>(0xff));  // NaN in both dtypes
+    cache.assign(layout.block_bytes() * num_blocks, static_cast<char>(0xff));  // NaN in every dtype
     const KVLayerView view{layout, cache.data(), num_blocks};
     std::vector<float> all(total * channels);
     all_q.assign(total * channels, 0.0f);
@@ -333,11 +334,23 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
   std::vector<float> q, q2;
   const std::vector<float> whole = run(2, lengths[1], cache, q);
 
-  auto stored = [&](int64_t element) {
-    if (kv_dtype == DType::bf16) {
-      return static_cast<double>(widen(reinterpret_cast<const uint16_t*>(cache.data())[element]));
-    }
-    return static_cast<double>(reinterpret_cast<const float*>(cache.data())[element]);
+  // Element `element` of one head's keys or values of a block, of its token `token`.
+  auto stored = [&](const char* head, int64_t element, int token) {
+    if (kv_dtype == DType::bf16)
+      return double{widen(reinterpret_cast<const uint16_t*>(head)[element])};
+    const auto* floats = reinterpret_cast<const float*>(head);
+    if (kv_dtype == DType::f32) return double{floats[element]};
+    return double{floats[token]} * reinterpret_cast<const int8_t*>(head + 64)[element];
+  };
+  // What the cache makes of channel `d` of a head.
+  auto rounded = [&](const float* head, int d) {
+    if (kv_dtype == DType::f32) return double{head[d]};
+    if (kv_dtype == DType::bf16) return double{widen(narrow(head[d]))};
+    float peak = 0;
+    for (int i = 0; i < head_dim; ++i) peak = std::max(peak, std::fabs(head[i]));
+    const float shift = 12582912.0f;  // rounds half to even
+    const float n = multiply_add(head[d], 127.0f / peak, shift, false) - shift;
+    return double{peak * (1.0f / 127.0f)} * n;
   };
   // k and v as the cache must hold them, from the plain product.
   Context c(1, isa);
@@ -352,21 +365,26 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
     for (int h = 0; h < heads; ++h) {
       std::vector<std::vector<double>> keys, values;
       for (int p = 0; p < lengths[b]; ++p) {
-        const int64_t block = table[b * max_blocks + p / 16] * layout.block_elements();
+        const char* block = cache.data() + table[b * max_blocks + p / 16] *
+                                               static_cast<int64_t>(layout.block_bytes());
+        const char* key = block + h * layout.key_bytes();
+        const char* value = block + layout.values_at() + h * layout.value_bytes();
+        const int slot = p % 16;
         keys.emplace_back();
         values.emplace_back();
         for (int d = 0; d < head_dim; ++d) {
-          const int64_t key = kv_dtype == DType::bf16
-                                  ? (h * layout.head_dim_k() / 2 + d / 2) * 32 + p % 16 * 2 + d % 2
-                                  : (h * layout.head_dim_k() + d) * 16 + p % 16;
-          keys.back().push_back(stored(block + key));
-          values.back().push_back(
-              stored(block + layout.key_elements() + (h * 16 + p % 16) * layout.head_dim_v() + d));
+          const bool pairs = kv_dtype == DType::bf16;
+          keys.back().push_back(
+              stored(key, pairs ? d / 2 * 32 + slot * 2 + d % 2 : d * 16 + slot, slot));
+          values.back().push_back(stored(value,
+                                         pairs ? (slot / 2 * layout.head_dim_v() + d) * 2 + slot % 2
+                                               : slot * layout.head_dim_v() + d,
+                                         slot));
           const float* token = &projected[(first + p) * 3 * channels];
           const int64_t at = h * head_dim + d;
-          auto round = [&](float f) { return kv_dtype == DType::bf16 ? widen(narrow(f)) : f; };
-          cached_right = cached_right && keys.back().back() == round(token[channels + at]) &&
-                         values.back().back() == round(token[2 * channels + at]) &&
+          const float* token_head = token + h * head_dim;
+          cached_right = cached_right && keys.back().back() == rounded(token_head + channels, d) &&
+                         values.back().back() == rounded(token_head + 2 * channels, d) &&
                          q[(first + p) * channels + at] == token[at];
         }
       }
@@ -394,7 +412,7 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
   }
   check(cached_right, what + " qkv");
   check(worst < 3e-6, what + " error " + std::to_string(worst * 1e6) + "e-6");
-  for (int chunk : quick ? std::vector<int>{1, 37} : std::vector<int>{1, 5, 16, 37, 100}) {
+  for (int chunk : quick ? std::vector<int>{1, 37} : std::vector<int>{1, 5, 16, 37, 100, 270}) {
     check(same(whole, run(1 + chunk % 3, chunk, cache2, q2)) && same(q, q2),
           what + " in chunks of " + std::to_string(chunk));
   }
@@ -568,6 +586,7 @@ int main() {
       }
       test_attention(isa, dtype, dtype, 3, 20);
       test_attention(isa, dtype, DType::bf16, 1, 7);
+      test_attention(isa, dtype, DType::i8, 2, 9);
       test_score(isa, dtype, 5, 40, 1000);
       test_score(isa, dtype, 3, 31, 4);
       if (quick) continue;
@@ -575,7 +594,11 @@ int main() {
       test_attention(isa, dtype, DType::f32, 1, 80);
       test_score(isa, dtype, 300, 24, 777);
     }
-    if (!quick) test_attention(isa, DType::f32, DType::bf16, 2, 128);
+    if (!quick) {
+      test_attention(isa, DType::f32, DType::bf16, 2, 128);
+      test_attention(isa, DType::f32, DType::i8, 2, 64);
+      test_attention(isa, DType::f32, DType::i8, 1, 80);
+    }
     test_activations(isa);
     for (int64_t channels : {1, 7, 64, 100, 768, 1027}) test_layer_norm(isa, channels);
     test_convert(isa);

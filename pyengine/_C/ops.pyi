@@ -93,5 +93,8 @@ def copy_blocks(ctx: ExecContext, kv: KVCache, layer: int, pairs: _Int32Buffer) 
 def convert(ctx: ExecContext, src: npt.NDArray[Any], src_dtype: str, dst_dtype: str) -> npt.NDArray[Any]:
     """Element-wise conversion between "float32", "bfloat16" and "float16" (the last two as uint16)."""
 
-def read_block(kv: KVCache, layer: int, block: int) -> npt.NDArray[Any]:
-    """The elements of one block as they are stored (csrc/kv/layout.h): float32 or uint16."""
+def read_block(kv: KVCache, layer: int, block: int) -> npt.NDArray[np.uint8]:
+    """The bytes of one block of one layer as they are stored (csrc/kv/layout.h)."""
+
+def write_block(kv: KVCache, layer: int, block: int, data: npt.NDArray[np.uint8]) -> None:
+    """Overwrite one block of one layer with as many bytes."""

@@ -1,7 +1,7 @@
 """A request's logits do not depend, in any bit, on its batch, on how its prompt is cut, or on threads.
 
 Each sequence alone, in one piece, on one thread is what everything else must equal. Contexts cross the
-64-key tiles of attention and the 16-token blocks of the cache, "wide" the 256-k blocks of the reduction.
+64-key pieces of attention and the 16-token blocks of the cache, "wide" the 256-k blocks of the reduction.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ PRECISIONS = [
     ("bfloat16", "bfloat16"),
     ("bfloat16", "float32"),
     ("float32", "bfloat16"),
+    ("float32", "int8"),
+    ("bfloat16", "int8"),
 ]
 CONTEXT = 160  # n_positions of these models
 
