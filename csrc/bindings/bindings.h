@@ -59,6 +59,7 @@ struct PyExecContext {
   const cpu::Kernels& kernels;
   ThreadPool pool;
   Arena arena;
+  Profile profile;  // of the steps since start_profile
   ExecContext context;
   std::mutex mutex;
 };

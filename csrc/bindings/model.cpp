@@ -69,6 +69,7 @@ class PyModel {
   }
 
   const GPT2& model() const { return *model_; }
+  const py::object& context() const { return ctx_object_; }
 
   StepResult step(PyKVCache& kv, PySampler& sampler, const Batch& batch, py::handle request_slot) {
     Int32View slots(request_slot, "request_slot");
@@ -231,6 +232,7 @@ void bind_model(py::module_& m) {
   py::class_<PyModel>(m, "Model")
       .def(py::init<py::object, const py::object&, const py::object&, const std::string&>(),
            arg("ctx"), arg("config"), arg("weights"), arg("dtype"))
+      .def_property_readonly("context", &PyModel::context)
       .def_property_readonly("dtype",
                              [](const PyModel& self) { return name_of(self.model().dtype()); })
       .def_property_readonly("vocab_size",

@@ -5,6 +5,7 @@
 #include "core/cpu_count.h"
 #include "core/errors.h"
 #include "core/file_guard.h"
+#include "cpu/probes.h"
 
 namespace pyengine::bindings {
 
@@ -94,6 +95,25 @@ void translate(std::exception_ptr error) {
   }
 }
 
+py::dict stop_profile(PyExecContext& self) {
+  Profile profile;
+  {
+    py::gil_scoped_release release;
+    std::lock_guard<std::mutex> lock(self.mutex);
+    self.context.profile = nullptr;
+    profile = self.profile;
+  }
+  py::dict parts;
+  for (int i = 0; i < kNumParts; ++i) {
+    const auto part = static_cast<Part>(i);
+    const PartTotals& totals = profile[part];
+    if (totals.calls == 0) continue;
+    parts[name_of(part)] = py::make_tuple(totals.calls, totals.nanoseconds * 1e-9,
+                                          totals.cost.bytes, totals.cost.operations);
+  }
+  return parts;
+}
+
 }  // namespace
 
 }  // namespace pyengine::bindings
@@ -117,7 +137,34 @@ PYBIND11_MODULE(_C, m) {
            py::arg("num_threads") = 0, py::arg("isa") = py::none())
       .def_property_readonly("num_threads",
                              [](const PyExecContext& c) { return c.pool.num_threads(); })
-      .def_property_readonly("isa", [](const PyExecContext& c) { return c.kernels.isa; });
+      .def_property_readonly("isa", [](const PyExecContext& c) { return c.kernels.isa; })
+      .def("start_profile",
+           [](PyExecContext& self) {
+             py::gil_scoped_release release;
+             std::lock_guard<std::mutex> lock(self.mutex);
+             self.profile = Profile();
+             self.context.profile = &self.profile;
+           })
+      .def("stop_profile", &stop_profile)
+      .def(
+          "read_bandwidth",
+          [](PyExecContext& self, size_t bytes) {
+            py::gil_scoped_release release;
+            std::lock_guard<std::mutex> lock(self.mutex);
+            return cpu::read_bandwidth(self.pool, bytes);
+          },
+          py::arg("bytes"))
+      .def("arithmetic_peaks", [](PyExecContext& self) {
+        py::dict peaks;
+        std::vector<std::pair<const char*, double>> found;
+        {
+          py::gil_scoped_release release;
+          std::lock_guard<std::mutex> lock(self.mutex);
+          found = cpu::arithmetic_peaks(self.pool);
+        }
+        for (auto [name, rate] : found) peaks[name] = rate;
+        return peaks;
+      });
   py::class_<PyFileView>(m, "FileView", py::buffer_protocol())
       .def(py::init<const py::object&, int, std::string>(), py::arg("mapping"), py::arg("fd"),
            py::arg("path"))

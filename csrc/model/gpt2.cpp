@@ -12,6 +12,30 @@ namespace {
 
 std::string number(int64_t n) { return std::to_string(n); }
 
+// The costs that the profile reports (core/profile.h).
+
+Cost dense_cost(const ops::Weight& w, int64_t rows, size_t in_size, size_t out_size) {
+  const int64_t k = w.in_features, n = w.out_features;
+  const auto weight_bytes = static_cast<int64_t>(k * n * size_of(w.dtype));
+  return {weight_bytes + rows * static_cast<int64_t>(k * in_size + n * out_size), 2 * rows * k * n};
+}
+
+Cost row_cost(int64_t rows, int64_t values, size_t in_size, size_t out_size) {
+  return {rows * values * static_cast<int64_t>(in_size + out_size), 0};
+}
+
+// Scores and weighted values of each query and each key that it sees; a sequence's keys and values
+// are read once.
+Cost attention_cost(const ops::RaggedBatch& batch, const KVLayout& layout, size_t out_size) {
+  const int64_t channels = int64_t{layout.n_head} * layout.head_dim;
+  int64_t pairs = 0, keys = 0;
+  for (int32_t b = 0; b < batch.num_seqs; ++b) keys += batch.context_len[b];
+  for (int32_t t = 0; t < batch.num_tokens; ++t) pairs += batch.positions[t] + 1;
+  const auto kv_bytes = static_cast<int64_t>(2 * keys * channels * size_of(layout.dtype));
+  return {kv_bytes + batch.num_tokens * channels * static_cast<int64_t>(sizeof(float) + out_size),
+          4 * pairs * channels};
+}
+
 }  // namespace
 
 void GPT2Config::require_valid() const {
@@ -68,25 +92,32 @@ void GPT2::require_rows(const Batch& batch, const int32_t* rows, int32_t num_row
 }
 
 // x += attn_out c_proj;  x += gelu(ln_2(x) c_fc) c_proj
-void GPT2::mlp(ExecContext& ctx, const Layer& layer, const void* attn_out, int64_t num_rows,
-               float* x) {
+void GPT2::mlp(ExecContext& ctx, ProfiledStep& step, const Layer& layer, const void* attn_out,
+               int64_t num_rows, float* x) {
   const int64_t channels = config_.n_embd;
+  const size_t act = size_of(dtype_);
+  const size_t updated = 2 * sizeof(float);  // bytes of a residual, read and written
   void* h = h_.buffer.data();
   void* ff = ff_.buffer.data();
+  step.enter(Part::attn_proj, dense_cost(layer.attn_c_proj.weight, num_rows, act, updated));
   ops::linear_residual(ctx, attn_out, num_rows, layer.attn_c_proj.weight, layer.attn_c_proj.bias,
                        x);
+  step.enter(Part::layer_norm, row_cost(num_rows, channels, sizeof(float), act));
   ops::layer_norm(ctx, x, nullptr, num_rows, channels, layer.ln_2.gain, layer.ln_2.bias,
                   config_.layer_norm_epsilon, h, dtype_);
+  step.enter(Part::mlp_fc, dense_cost(layer.c_fc.weight, num_rows, act, act));
   ops::linear(ctx, h, num_rows, layer.c_fc.weight, layer.c_fc.bias, config_.activation, ff, dtype_);
+  step.enter(Part::mlp_proj, dense_cost(layer.mlp_c_proj.weight, num_rows, act, updated));
   ops::linear_residual(ctx, ff, num_rows, layer.mlp_c_proj.weight, layer.mlp_c_proj.bias, x);
 }
 
-const void* GPT2::hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batch,
-                                const int32_t* rows, int32_t num_rows) {
+const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& kv,
+                                const Batch& batch, const int32_t* rows, int32_t num_rows) {
   const ops::RaggedBatch view = batch.view();
   const int64_t tokens = view.num_tokens;
   const int64_t channels = config_.n_embd;
-  const size_t act_row = channels * size_of(dtype_);
+  const size_t act = size_of(dtype_);
+  const size_t act_row = channels * act;
   float* x = x_.f32(tokens * channels);
   float* q = q_.f32(tokens * channels);
   h_.reserve((num_rows > tokens ? num_rows : tokens) * act_row);
@@ -96,26 +127,37 @@ const void* GPT2::hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batc
   void* attn = attn_.buffer.data();
 
   if (batch.num_copies() > 0) {
+    step.enter(Part::copy_blocks, row_cost(batch.num_copies(), config_.n_layer,
+                                           kv.layout().block_bytes(), kv.layout().block_bytes()));
     for (int32_t i = 0; i < config_.n_layer; ++i) {
       ops::copy_blocks(ctx, kv.layer(i), batch.block_copies(), batch.num_copies());
     }
   }
+  const Cost attention = step.on() ? attention_cost(view, kv.layout(), act) : Cost{};
+  step.enter(Part::embed, row_cost(tokens, channels, 2 * act, sizeof(float)));
   ops::embed(ctx, view, wte_, wpe_, dtype_, channels, x);
   for (int32_t i = 0; i < config_.n_layer; ++i) {
     const Layer& layer = layers_[i];
     float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;
     if (config_.scale_attn_by_inverse_layer_idx) scale /= static_cast<float>(i + 1);
+    step.enter(Part::layer_norm, row_cost(tokens, channels, sizeof(float), act));
     ops::layer_norm(ctx, x, nullptr, tokens, channels, layer.ln_1.gain, layer.ln_1.bias,
                     config_.layer_norm_epsilon, h, dtype_);
+    // A third of the outputs is the query, float32; the rest goes to the cache.
+    step.enter(Part::qkv, dense_cost(layer.c_attn.weight, tokens, act,
+                                     (sizeof(float) + 2 * size_of(kv.layout().dtype)) / 3));
     ops::qkv(ctx, h, layer.c_attn.weight, layer.c_attn.bias, view, q, kv.layer(i));
     const bool is_last = i + 1 == config_.n_layer;
     if (is_last && num_rows == 0) return nullptr;
+    step.enter(Part::attention, attention);
     ops::attention(ctx, q, view, kv.layer(i), scale, attn, dtype_);
     if (!is_last || num_rows >= tokens) {
-      mlp(ctx, layer, attn, tokens, x);
+      mlp(ctx, step, layer, attn, tokens, x);
       continue;
     }
     // Nobody reads the other rows of the last layer: in a prompt that is nearly all of them.
+    step.enter(Part::gather,
+               row_cost(num_rows, channels, sizeof(float) + act, sizeof(float) + act));
     float* last_x = last_x_.f32(num_rows * channels);
     auto* last_attn = static_cast<std::byte*>(last_attn_.reserve(num_rows * act_row));
     for (int64_t r = 0; r < num_rows; ++r) {
@@ -123,10 +165,11 @@ const void* GPT2::hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batc
       std::memcpy(last_attn + r * act_row, static_cast<std::byte*>(attn) + rows[r] * act_row,
                   act_row);
     }
-    mlp(ctx, layer, last_attn, num_rows, last_x);
+    mlp(ctx, step, layer, last_attn, num_rows, last_x);
     x = last_x;
     rows = nullptr;
   }
+  step.enter(Part::layer_norm, row_cost(num_rows, channels, sizeof(float), act));
   ops::layer_norm(ctx, x, rows, num_rows, channels, ln_f_.gain, ln_f_.bias,
                   config_.layer_norm_epsilon, h, dtype_);
   return h;
@@ -134,6 +177,7 @@ const void* GPT2::hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batc
 
 void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
                 const int32_t* request_slot, StepResult& result) {
+  ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
   sample_rows_.clear();
   sample_slots_.clear();
@@ -146,28 +190,33 @@ void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& ba
     sample_positions_.push_back(batch.context_len(b));
   }
   const auto num_rows = static_cast<int32_t>(sample_rows_.size());
-  const void* h = hidden_states(ctx, kv, batch, sample_rows_.data(), num_rows);
+  const void* h = hidden_states(ctx, step, kv, batch, sample_rows_.data(), num_rows);
   float* logits = nullptr;
   if (num_rows > 0) {
     logits = logits_.f32(static_cast<int64_t>(num_rows) * config_.vocab_size);
+    step.enter(Part::head, dense_cost(head_, num_rows, size_of(dtype_), sizeof(float)));
     ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
   }
+  step.enter(Part::sampling, row_cost(num_rows, config_.vocab_size, sizeof(float), 0));
   sampler.sample(ctx, logits, num_rows, config_.vocab_size, sample_slots_.data(),
                  sample_positions_.data(), result);
 }
 
 void GPT2::forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
                    int32_t num_rows, float* logits) {
+  ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
   require_rows(batch, rows, num_rows);
-  const void* h = hidden_states(ctx, kv, batch, rows, num_rows);
+  const void* h = hidden_states(ctx, step, kv, batch, rows, num_rows);
   if (num_rows == 0) return;
+  step.enter(Part::head, dense_cost(head_, num_rows, size_of(dtype_), sizeof(float)));
   ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
 }
 
 void GPT2::score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
                  int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
                  int32_t* top_ids, float* top_logprobs) {
+  ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
   require_rows(batch, rows, num_rows);
   for (int32_t r = 0; r < num_rows; ++r) {
@@ -181,8 +230,9 @@ void GPT2::score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_
     throw RequestError("top_n is " + number(top_n) + ", but must lie in 0 to " +
                        number(std::min(kMaxTopN, config_.vocab_size)));
   }
-  const void* h = hidden_states(ctx, kv, batch, rows, num_rows);
+  const void* h = hidden_states(ctx, step, kv, batch, rows, num_rows);
   if (num_rows == 0) return;
+  step.enter(Part::score, dense_cost(head_, num_rows, size_of(dtype_), 0));
   ops::score_rows(ctx, h, num_rows, head_, targets, top_n, logprobs, top_ids, top_logprobs);
   for (int32_t r = 0; r < num_rows; ++r) {
     if (!std::isnan(logprobs[r])) continue;

@@ -99,9 +99,10 @@ class GPT2 {
 
   // Everything up to and including the final layer norm of the chosen rows: (R, C) of dtype_, or
   // null if there are none. `rows` rise.
-  const void* hidden_states(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
-                            int32_t num_rows);
-  void mlp(ExecContext& ctx, const Layer& layer, const void* attn_out, int64_t num_rows, float* x);
+  const void* hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& kv, const Batch& batch,
+                            const int32_t* rows, int32_t num_rows);
+  void mlp(ExecContext& ctx, ProfiledStep& step, const Layer& layer, const void* attn_out,
+           int64_t num_rows, float* x);
 
   GPT2Config config_;
   DType dtype_;

@@ -39,6 +39,19 @@ class ExecContext:
     def num_threads(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    def start_profile(self) -> None:
+        """From now on note where the time of steps goes; what was noted before is forgotten."""
+    def stop_profile(self) -> dict[str, tuple[int, float, int, int]]:
+        """Part of a step ("qkv", "attention", "head", ...) -> calls, seconds, bytes and operations since
+        ``start_profile``; a part that never ran is absent. Bytes are the least possible: every input read
+        once, every output written once. A multiply-add is two operations. "prepare" is called once a step,
+        and the seconds of all parts are those of the steps."""
+    def read_bandwidth(self, bytes: int) -> float:
+        """Bytes per second that the threads read from a buffer of that size, the best of a few passes."""
+    def arithmetic_peaks(self) -> dict[str, float]:
+        """Operations per second of the threads together, on registers only, by type and instructions:
+        {"float32 avx512": ..., "bfloat16 amx": ..., "int8 avx512_vnni": ...}, as far as the processor has
+        them. A multiply-add is two operations."""
 
 class FileView(Buffer):
     """Read-only bytes of a mapping of a file that is watched: where the file is truncated, zeros are read
@@ -177,6 +190,8 @@ class Model:
         (buffer, dtype name, shape); the buffers are kept, and read in place where their dtype is
         ``dtype`` ("float32" or "bfloat16"); without ``lm_head.weight`` the head is ``wte.weight``.
         Raises CheckpointError naming a missing or misshapen tensor."""
+    @property
+    def context(self) -> ExecContext: ...
     @property
     def dtype(self) -> str: ...
     @property

@@ -22,6 +22,7 @@ _COMMANDS = {
     "generate": "Continue prompts.",
     "score": "Log-probability and perplexity of texts; rank choices.",
     "tokenize": "Text to token ids, and back.",
+    "bench": "Speed on fixed workloads, beside what the machine allows.",
     "inspect": "What a checkpoint is and what memory it needs.",
     "doctor": "Check this machine and this installation.",
 }

@@ -1,0 +1,81 @@
+"""Tables of ``bench`` for people. Imports rich, so it is imported only where they are shown."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pyengine.bench.workloads import RATES
+
+_WIDTH = 110  # in files and pipes
+
+
+def show(rows: list[dict[str, Any]], title: str) -> None:
+    """``rows`` as ``bench --json`` prints them, with their profiles if they have any."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    first = rows[0]
+    threads = f"{first['threads']} thread" + ("s" if first["threads"] > 1 else "")
+    console.print(f"{title}: weights {first['dtype']}, keys and values {first['kv_dtype']}, {threads}")
+    console.print(
+        f"limits: {first['gb_per_s_limit']:.1f} GB/s, {first['gflop_per_s_limit']:,.0f} GFLOP/s; loaded in "
+        f"{first['load_s']:.2f} s; {sum(r['cached_tokens'] for r in rows)} tokens from the prefix cache"
+    )
+    console.print(_rates(rows))
+    for row in rows:
+        if "profile" in row:
+            console.print(_profile(row))
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+
+
+def _rates(rows: list[dict[str, Any]]) -> Table:
+    table = _table()
+    table.add_column("workload")
+    for name in ("tokens/s", "min", "max", "GB/s", "of limit", "GFLOP/s", "of limit"):
+        table.add_column(name, justify="right")
+    table.add_column("tokens/s: what is counted")
+    for row in rows:
+        table.add_row(
+            row["workload"],
+            f"{row['tok_per_s_median']:,.1f}",
+            f"{row['min']:,.1f}",
+            f"{row['max']:,.1f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['gb_per_s'] / row['gb_per_s_limit']:.0%}",
+            f"{row['gflop_per_s']:,.1f}",
+            f"{row['gflop_per_s'] / row['gflop_per_s_limit']:.0%}",
+            RATES[row["rate"]],
+        )
+    return table
+
+
+def _profile(row: dict[str, Any]) -> Table:
+    table = _table(f"{row['workload']}: where the time of one run goes")
+    table.add_column("part")
+    for name in ("calls", "ms", "share", "MB", "GFLOP", "GB/s", "GFLOP/s"):
+        table.add_column(name, justify="right")
+    table.add_column("limited by")
+    table.add_column("of limit", justify="right")
+    for part in row["profile"]:
+        share = part["share_of_limit"]
+        table.add_row(
+            part["part"],
+            str(part["calls"]),
+            f"{part['ms']:.2f}",
+            f"{part['share']:.1%}",
+            f"{part['bytes'] / 1e6:,.1f}",
+            f"{part['operations'] / 1e9:,.2f}",
+            f"{part['gb_per_s']:.1f}",
+            f"{part['gflop_per_s']:,.1f}",
+            part["limit"] or "",
+            "" if share is None else f"{share:.0%}",
+        )
+    return table
