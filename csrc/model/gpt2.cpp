@@ -31,7 +31,9 @@ Cost attention_cost(const ops::RaggedBatch& batch, const KVLayout& layout, size_
   int64_t pairs = 0, keys = 0;
   for (int32_t b = 0; b < batch.num_seqs; ++b) keys += batch.context_len[b];
   for (int32_t t = 0; t < batch.num_tokens; ++t) pairs += batch.positions[t] + 1;
-  const auto kv_bytes = static_cast<int64_t>(2 * keys * channels * size_of(layout.dtype));
+  const int64_t scales = layout.n_head * layout.scale_bytes() / kBlockTokens;
+  const int64_t kv_bytes =
+      2 * keys * (channels * static_cast<int64_t>(size_of(layout.dtype)) + scales);
   return {kv_bytes + batch.num_tokens * channels * static_cast<int64_t>(sizeof(float) + out_size),
           4 * pairs * channels};
 }
