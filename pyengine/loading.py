@@ -45,6 +45,8 @@ def load(
         check_count("num_threads", num_threads, 1024)
     check_count("max_num_seqs", max_num_seqs, 2**20)
     check_count("max_num_batched_tokens", max_num_batched_tokens, 2**24)
+    if not isinstance(enable_prefix_caching, bool):
+        raise ConfigError(f"enable_prefix_caching={enable_prefix_caching!r}: must be True or False")
 
     from pyengine import _C
 
@@ -54,7 +56,8 @@ def load(
     if not isinstance(bos, int) or not 0 <= bos < config.vocab_size:
         bos = config.bos_token_id
     codec = Codec(checkpoint.path, config.vocab_size, bos)  # its thread reads while we map the weights
-    defaults = GenerationDefaults.from_config(generation_config, config.eos_token_id)
+    source = str(checkpoint.path / "generation_config.json")
+    defaults = GenerationDefaults.from_config(generation_config, config.eos_token_id, source)
     if defaults.unsupported:
         settings = ", ".join(defaults.unsupported)
         warnings.warn(

@@ -27,6 +27,16 @@ def as_list(prompts: Prompts) -> list[Prompt]:
     return [item if item is None or isinstance(item, str) else _listed(item) for item in _listed(prompts)]
 
 
+def as_one(prompt: Any, what: str) -> Prompt:
+    """The one prompt that is wanted as ``what``; RequestError for a list of prompts, or anything else."""
+    if is_one(prompt):
+        return as_list(prompt)[0]
+    items = _listed(prompt)
+    if items:
+        raise RequestError(f"{what} is one string or list of token ids, not a list of them")
+    return items
+
+
 def check_token_ids(ids: list[int], vocab_size: int) -> array[int]:
     """``ids`` as int32; RequestError naming the first that is no token id."""
     try:

@@ -12,7 +12,7 @@ from pyengine.codec import Codec
 from pyengine.engine.scoring import Window, window_spans
 from pyengine.errors import RequestError
 from pyengine.outputs import Choice, Logprob, ScoreOutput
-from pyengine.prompts import Prompt, as_list, is_one
+from pyengine.prompts import Prompt, as_list, as_one, is_one
 
 LENGTH_NORMALIZATIONS = (None, "tokens", "characters")
 
@@ -72,13 +72,13 @@ def score_targets(codec: Codec, text: Any, continuation: Any, add_bos: bool) -> 
         if following is None:
             targets.append(text_target(codec, one, add_bos))
         else:
-            (following,) = as_list(following)
-            targets += continuation_targets(codec, one, [following], add_bos)
+            targets += continuation_targets(codec, one, [as_one(following, "a continuation")], add_bos)
     return targets
 
 
 def text_target(codec: Codec, text: Prompt, add_bos: bool) -> Target:
     """All of a text. Its first token can be scored only after BOS."""
+    _check_flag("add_bos", add_bos)
     ids = codec.encode(text)
     start = 0
     if add_bos:
@@ -103,6 +103,8 @@ def continuation_targets(
     to it ("Hello " + "world" is "Hello", " world"). The border lies where the first of the continuations
     changes the tokens of the text, or adds to them; what the text has beyond it is scored with each.
     """
+    text = as_one(text, "the text")
+    _check_flag("add_bos", add_bos)
     context = codec.encode(text)
     joined: list[array[int]] = []
     for number, continuation in enumerate(continuations):
@@ -145,6 +147,11 @@ def rank_choices(scores: Sequence[ScoreOutput], length_normalization: str | None
         Choice(scores[index].text, index, scores[index].total_logprob, weights[index] / total, scores[index])
         for index in sorted(range(len(scores)), key=lambda index: -values[index])
     ]
+
+
+def _check_flag(field: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{field}={value!r}: must be True or False")
 
 
 def _bos(codec: Codec) -> int:

@@ -15,6 +15,15 @@ MAX_SEED = 2**64 - 1
 # The sampler computes in float32, where a smaller temperature would be 0 (greedy) and a larger one infinite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
+# Fields of generation_config.json -> of SamplingParams.
+_FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_length",
+    "eos_token_id": "stop_token_ids",
+}
 # Fields of generation_config.json that would change the tokens, with the values that mean "off".
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "repetition_penalty": (1.0,),
@@ -92,7 +101,8 @@ class SamplingParams:
                 "give max_tokens (new tokens) or max_length (prompt and new tokens together)"
             )
         if self.temperature is not None:
-            if self.temperature != 0 or isinstance(self.temperature, bool):
+            is_zero = type(self.temperature) in (int, float) and self.temperature == 0
+            if not is_zero:
                 allowed = "0, or a positive number that float32 can hold"
                 _check_float("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, allowed)
         if self.top_p is not None:
@@ -112,6 +122,10 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise RequestError(
                     f"stop={self.stop!r}: every entry must be a string of one character or more"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RequestError(
+                    f"stop={text!r}: a lone surrogate (from bytes that are not UTF-8?) is in no text"
                 )
         if not isinstance(self.stop_token_ids, (list, tuple, type(None))):
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids")
@@ -162,33 +176,38 @@ class GenerationDefaults:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], eos_token_id: int | tuple[int, ...] | None = None
+        cls,
+        config: Mapping[str, Any],
+        eos_token_id: int | tuple[int, ...] | None = None,
+        source: str = "generation_config.json",
     ) -> GenerationDefaults:
-        """``config``: generation_config.json; ``eos_token_id``: used where that names none."""
-        eos = config.get("eos_token_id")
-        if eos is None:
-            eos = eos_token_id
-        try:
-            known = SamplingParams(
-                temperature=config.get("temperature"),
-                top_k=config.get("top_k"),
-                top_p=config.get("top_p"),
-                max_tokens=config.get("max_new_tokens"),
-                stop_token_ids=eos if isinstance(eos, (list, tuple)) else None if eos is None else [eos],
-            )
-            max_length = SamplingParams(max_length=config.get("max_length")).max_length
-        except RequestError as error:
-            raise ConfigError(f"generation_config.json: {error}") from error
+        """``config``: generation_config.json, called ``source`` in errors; ``eos_token_id``: used where that
+        names none. ConfigError names the field and its value."""
+        values = dict(config)
+        if values.get("eos_token_id") is None:
+            values["eos_token_id"] = eos_token_id
+        eos = values["eos_token_id"]
+        if eos is not None and not isinstance(eos, (list, tuple)):
+            values["eos_token_id"] = [eos]
+        known: dict[str, Any] = {}
+        for field, ours in _FIELDS.items():
+            given: dict[str, Any] = {ours: values.get(field)}
+            try:
+                known[ours] = getattr(SamplingParams(**given), ours)
+            except RequestError as error:
+                raise ConfigError(f"{source}: {str(error).replace(ours, field, 1)}") from error
+        do_sample = config.get("do_sample")
+        if do_sample is not None and not isinstance(do_sample, bool):
+            raise ConfigError(f"{source}: do_sample={do_sample!r}: must be true or false")
         # transformers samples only with do_sample: true; here only an explicit false is greedy.
-        greedy = config.get("do_sample") is False
-        temperature = 1.0 if known.temperature is None else float(known.temperature)
+        temperature = 1.0 if known["temperature"] is None else float(known["temperature"])
         return cls(
-            temperature=0.0 if greedy else temperature,
-            top_k=max(known.top_k or 0, 0),
-            top_p=1.0 if known.top_p is None else float(known.top_p),
-            max_tokens=known.max_tokens,
-            max_length=max_length,
-            eos_token_ids=tuple(known.stop_token_ids or ()),
+            temperature=0.0 if do_sample is False else temperature,
+            top_k=max(known["top_k"] or 0, 0),
+            top_p=1.0 if known["top_p"] is None else float(known["top_p"]),
+            max_tokens=known["max_tokens"],
+            max_length=known["max_length"],
+            eos_token_ids=tuple(known["stop_token_ids"] or ()),
             unsupported=tuple(
                 f"{field}={config[field]!r}"
                 for field, off in _UNSUPPORTED.items()

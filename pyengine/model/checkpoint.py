@@ -117,12 +117,15 @@ def resolve(
         if not path.is_dir():
             raise CheckpointError(f"this installation has no bundled model ({path} is missing); name a model")
         return path
-    name = os.fspath(model)
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else model
     if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f"the model is {show(name)}; it must be a directory, a file or a Hub id")
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as e:  # a name too long, no permission; "~" of nobody
+        raise CheckpointError(f"the model is {show(name)}: {getattr(e, 'strerror', None) or e}") from None
     if isinstance(model, str):
         from pyengine.model.hub import download, is_hub_id
 

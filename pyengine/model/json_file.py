@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from pyengine.errors import PyEngineError
+from pyengine.model.files import read_file
 
-MAX_JSON_BYTES = 100_000_000  # the cap of the safetensors format for its header; nothing real comes near
 _SHOWN = 80  # characters of an untrusted value in a message
 
 
@@ -57,12 +57,4 @@ def read_json_object(
     path: str | os.PathLike[str], error: type[PyEngineError], *, unique_keys: bool = False
 ) -> dict[str, Any]:
     """The JSON object in a file; a missing, unreadable or malformed file raises ``error``, naming it."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_JSON_BYTES:
-                raise error(f"{path} is {size} bytes long; JSON files may have {MAX_JSON_BYTES}")
-            data = file.read()
-    except (OSError, ValueError) as e:  # ValueError: a path with a null character
-        raise error(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    return parse_json_object(data, str(path), error, unique_keys=unique_keys)
+    return parse_json_object(read_file(path, error), str(path), error, unique_keys=unique_keys)

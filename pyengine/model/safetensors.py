@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from pyengine import _C
 from pyengine.errors import CheckpointError
-from pyengine.model.json_file import MAX_JSON_BYTES, parse_json_object, show
+from pyengine.model.files import MAX_BYTES, open_file, unreadable
+from pyengine.model.json_file import parse_json_object, show
 
 # Name in the header -> our name, bits of one element.
 _DTYPES = {
@@ -70,14 +71,14 @@ class SafetensorsFile(NamedTuple):
 def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """Map a file and check its header. Data is not read. CheckpointError names the file and the fault."""
     path = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
+    with open_file(path, CheckpointError) as file:
+        try:
             size = os.fstat(file.fileno()).st_size
             header = _read_header(file, size, path)
             mapping = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-            data = memoryview(_C.FileView(mapping, file.fileno(), path))
-    except (OSError, ValueError, OverflowError) as e:
-        raise CheckpointError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
+        except (OSError, ValueError, OverflowError) as e:
+            raise unreadable(path, e, CheckpointError) from None
+        data = memoryview(_C.FileView(mapping, file.fileno(), path))
     data_start = 8 + len(header)
     entries, metadata = parse_header(header, size - data_start, path)
     tensors = {
@@ -95,7 +96,7 @@ def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
             f"{path} is {size} bytes long, too short for a safetensors file; it may be an incomplete download"
         )
     header_bytes = int.from_bytes(start, "little")
-    if header_bytes > MAX_JSON_BYTES or header_bytes > size - 8:
+    if header_bytes > MAX_BYTES or header_bytes > size - 8:
         hint = (
             "it is a Git LFS pointer; run 'git lfs pull'"
             if start == b"version "
@@ -103,7 +104,7 @@ def _read_header(file: BinaryIO, size: int, path: str) -> bytes:
         )
         raise CheckpointError(
             f"{path}: the header claims {header_bytes} bytes, but the file has {size} "
-            f"(and {MAX_JSON_BYTES} are allowed); {hint}"
+            f"(and {MAX_BYTES} are allowed); {hint}"
         )
     header = file.read(header_bytes)
     if len(header) < header_bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyengine.errors import TokenizerError
+from pyengine.model.json_file import show
 
 if TYPE_CHECKING:
     from pyengine.model.tokenization.decoders import TextDecoder
@@ -63,7 +64,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``, as transformers' default tokenizer class for the checkpoint decodes them."""
         decoder = self.decoder(skip_special_tokens)
-        return decoder.push(ids) + decoder.finish()
+        try:
+            return decoder.push(ids) + decoder.finish()
+        except TypeError:
+            raise TokenizerError(f"token ids to decode must be a list of integers, not {show(ids)}") from None
 
     def id_to_piece(self, token_id: int) -> str:
         """The piece as the vocabulary spells it ("Ġhello", "##ing", "▁word"); "" for an id without one."""

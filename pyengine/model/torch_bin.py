@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from pyengine import _C
 from pyengine.errors import CheckpointError
+from pyengine.model.files import open_file, unreadable
 from pyengine.model.json_file import show
 from pyengine.model.safetensors import Tensor
 
@@ -23,19 +24,15 @@ def read_torch_bin(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     torch 1.6 are read. CheckpointError where torch is missing or the file is not a state dict.
     """
     path = os.fspath(path)
-    try:
-        file = open(path, "rb")
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from None
-    with file:
+    with open_file(path, CheckpointError) as file:
         return _read(file, path)
 
 
 def _read(file: BinaryIO, path: str) -> dict[str, Tensor]:
     try:
         magic = file.read(8)
-    except OSError as e:  # a directory
-        raise CheckpointError(f"cannot read {path}: {e.strerror}") from None
+    except OSError as e:
+        raise unreadable(path, e, CheckpointError) from None
     if magic == b"version ":
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull'")
     try:

@@ -136,6 +136,11 @@ def _find_vocabulary(directory: Path, class_name: str, named: bool) -> tuple[str
     if "json" in present:
         return "json", present["json"]
     if not present and not named:
+        if (directory / "merges.txt").is_file():
+            raise TokenizerError(
+                f"{directory} has merges.txt, but not vocab.json, which belongs to it: copy it from the "
+                "original checkpoint, or remove merges.txt to work with token ids only"
+            )
         return None, directory
     if class_name not in _GENERIC_CLASSES:
         wanted = _CLASS_FAMILY.get(class_name)

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from pyengine.errors import TokenizerError
+from pyengine.model.files import read_file, require_small
 from pyengine.model.json_file import read_json_object, show
 from pyengine.model.tokenization.config import TokenizerConfig, TokenSpec
 from pyengine.model.tokenization.decoders import (
@@ -152,6 +153,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def load_huggingface(config: TokenizerConfig, model_vocab_size: int | None) -> HuggingFaceTokenizer:
     """The tokenizer of a ``tokenizer.json``, ``vocab.json`` + ``merges.txt`` or ``vocab.txt``."""
+    require_small(config.vocabulary, TokenizerError)
     with _library_errors(f"{config.vocabulary} cannot be read"):
         if config.family == "json":
             # Quickest for this file: parsing it in Python takes longer than all the library does with it.
@@ -193,7 +195,7 @@ def _byte_level_bpe(config: TokenizerConfig) -> tokenizers.Tokenizer:
     if not merges.is_file():
         raise TokenizerError(f"{merges} is missing: {vocab} needs it; copy it from the original checkpoint")
     try:
-        text = merges.read_bytes()
+        text = read_file(merges, TokenizerError)
         # transformers leaves out the first line and what follows the last newline, whatever they hold; the
         # library's own reader leaves out "#version" lines and is half again as quick.
         if text.startswith(b"#version") and text.endswith(b"\n") and text.count(b"#version") == 1:
@@ -248,13 +250,11 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, TokenizerError).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         raise TokenizerError(
             f"{path} is not UTF-8: {e.reason} at byte {e.start}; copy the file again"
         ) from None
-    except OSError as e:
-        raise TokenizerError(f"{path} cannot be read: {e.strerror}") from None
 
 
 def _wordpiece(config: TokenizerConfig) -> tokenizers.Tokenizer:

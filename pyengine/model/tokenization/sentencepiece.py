@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import sentencepiece
 
 from pyengine.errors import TokenizerError
+from pyengine.model.files import read_file
 from pyengine.model.tokenization.config import TokenizerConfig, TokenSpec
 from pyengine.model.tokenization.decoders import CleanUpDecoder, TextDecoder
 from pyengine.model.tokenizer import Tokenizer
@@ -271,12 +272,12 @@ def load_sentencepiece(config: TokenizerConfig, model_vocab_size: int | None) ->
         )
     processor = sentencepiece.SentencePieceProcessor()
     try:
-        data = path.read_bytes()
+        data = read_file(path, TokenizerError)
         if not data:
             raise TokenizerError(f"{path} is empty; copy the file again")
         processor.LoadFromSerializedProto(data)
         size = processor.get_piece_size()
-    except (OSError, RuntimeError) as e:
+    except RuntimeError as e:
         raise TokenizerError(f"{path} is not a SentencePiece model: {e}; copy the file again") from None
     if size == 0:
         raise TokenizerError(f"{path} is a SentencePiece model without pieces; copy the file again")
