@@ -43,12 +43,31 @@ py::array empty(const std::vector<py::ssize_t>& shape, DType dtype) {
   return py::array_t<uint16_t>(shape);
 }
 
-ops::Weight weight_from(const Operand& w, const std::string& layout) {
-  require(layout == "in_out" || layout == "out_in", "layout must be in_out or out_in");
-  const bool in_out = layout == "in_out";
-  return {w.data(), w.dtype, in_out ? ops::WeightLayout::in_out : ops::WeightLayout::out_in,
-          w.shape(in_out ? 0 : 1), w.shape(in_out ? 1 : 0)};
-}
+// Weights in the packed layout, in memory of their own.
+struct PackedWeight {
+  AlignedBuffer words;
+  ops::Weight weight;
+};
+
+// A PackedWeight, or an array of that layout; owns or borrows what it needs.
+struct WeightOperand {
+  WeightOperand(const py::object& w, const std::string& layout) : object(w) {
+    if (py::isinstance<PackedWeight>(w)) {
+      weight = w.cast<const PackedWeight&>().weight;
+      return;
+    }
+    require(layout == "in_out" || layout == "out_in", "layout must be in_out or out_in");
+    require(py::isinstance<py::array>(w), "w must be an array or a PackedWeight");
+    const Operand matrix(py::reinterpret_borrow<py::array>(w), "w", 2);
+    const bool in_out = layout == "in_out";
+    weight = {matrix.data(), matrix.dtype,
+              in_out ? ops::WeightLayout::in_out : ops::WeightLayout::out_in,
+              matrix.shape(in_out ? 0 : 1), matrix.shape(in_out ? 1 : 0)};
+  }
+
+  py::object object;
+  ops::Weight weight;
+};
 
 const float* bias_from(const OptionalFloats& bias, int64_t n) {
   if (!bias) return nullptr;
@@ -57,8 +76,8 @@ const float* bias_from(const OptionalFloats& bias, int64_t n) {
 }
 
 void require_dense(const Operand& x, const ops::Weight& w) {
-  require(w.in_features >= 1 && w.out_features >= 1, "w must not be empty");
   require(x.dtype == w.dtype, "x and w must have one dtype");
+  require(w.in_features >= 1 && w.out_features >= 1, "w must not be empty");
   require(x.shape(1) == w.in_features, "x has " + std::to_string(x.shape(1)) +
                                            " columns, but w takes " +
                                            std::to_string(w.in_features));
@@ -128,11 +147,26 @@ py::array layer_norm(PyExecContext& ctx, const FloatArray& x, const FloatArray& 
   return out;
 }
 
-py::array linear(PyExecContext& ctx, const py::array& x, const py::array& w,
+PackedWeight pack(PyExecContext& ctx, const py::array& w, const std::string& layout,
+                  const py::object& dtype) {
+  const WeightOperand operand(w, layout);
+  const ops::Weight& from = operand.weight;
+  require(from.in_features >= 1 && from.out_features >= 1, "w must not be empty");
+  const DType to = dtype.is_none() ? from.dtype : out_dtype_from(dtype.cast<std::string>());
+  PackedWeight packed;
+  packed.words = AlignedBuffer(ops::packed_words(to, from.in_features, from.out_features) * 4);
+  packed.weight = {packed.words.data(), to, ops::WeightLayout::packed, from.in_features,
+                   from.out_features};
+  compute(ctx, [&](ExecContext& c) { ops::pack(c, from, to, packed.words.data()); });
+  return packed;
+}
+
+py::array linear(PyExecContext& ctx, const py::array& x, const py::object& w,
                  const OptionalFloats& bias, const std::string& activation,
                  const std::string& layout, const std::string& out_dtype) {
-  Operand input(x, "x", 2), matrix(w, "w", 2);
-  const ops::Weight weight = weight_from(matrix, layout);
+  const Operand input(x, "x", 2);
+  const WeightOperand operand(w, layout);
+  const ops::Weight& weight = operand.weight;
   require_dense(input, weight);
   const float* b = bias_from(bias, weight.out_features);
   const ops::Activation act = activation_from(activation);
@@ -145,11 +179,12 @@ py::array linear(PyExecContext& ctx, const py::array& x, const py::array& w,
   return out;
 }
 
-py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::array& w,
+py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::object& w,
                           const OptionalFloats& bias, const FloatArray& residual,
                           const std::string& layout) {
-  Operand input(x, "x", 2), matrix(w, "w", 2);
-  const ops::Weight weight = weight_from(matrix, layout);
+  const Operand input(x, "x", 2);
+  const WeightOperand operand(w, layout);
+  const ops::Weight& weight = operand.weight;
   require_dense(input, weight);
   require(residual.ndim() == 2 && residual.shape(0) == input.shape(0) &&
               residual.shape(1) == weight.out_features,
@@ -164,10 +199,11 @@ py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::arra
   return out;
 }
 
-py::array qkv(PyExecContext& ctx, const py::array& x, const py::array& w, const FloatArray& bias,
+py::array qkv(PyExecContext& ctx, const py::array& x, const py::object& w, const FloatArray& bias,
               const Batch& batch, PyKVCache& kv, int32_t layer) {
-  Operand input(x, "x", 2), matrix(w, "w", 2);
-  const ops::Weight weight = weight_from(matrix, "in_out");
+  const Operand input(x, "x", 2);
+  const WeightOperand operand(w, "in_out");
+  const ops::Weight& weight = operand.weight;
   require_dense(input, weight);
   require_batch(batch, kv, input.shape(0), input.shape(1));
   require(weight.out_features == 3 * input.shape(1), "w must be (C, 3C)");
@@ -197,10 +233,11 @@ py::array attention(PyExecContext& ctx, const FloatArray& q, const Batch& batch,
   return out;
 }
 
-py::tuple score_rows(PyExecContext& ctx, const py::array& x, const py::array& head,
+py::tuple score_rows(PyExecContext& ctx, const py::array& x, const py::object& head,
                      py::handle targets, int32_t top_n) {
-  Operand input(x, "x", 2), matrix(head, "head", 2);
-  const ops::Weight weight = weight_from(matrix, "out_in");
+  const Operand input(x, "x", 2);
+  const WeightOperand operand(head, "out_in");
+  const ops::Weight& weight = operand.weight;
   require_dense(input, weight);
   Int32View target_view(targets, "targets");
   const py::ssize_t rows = input.shape(0);
@@ -282,6 +319,17 @@ void bind_ops(py::module_& m) {
   m.def("embed", &embed, arg("ctx"), arg("batch"), arg("wte"), arg("wpe"));
   m.def("layer_norm", &layer_norm, arg("ctx"), arg("x"), arg("gain"), arg("bias"),
         arg("eps") = 1e-5f, arg("rows") = py::none(), arg("out_dtype") = "float32");
+  py::class_<PackedWeight>(m, "PackedWeight")
+      .def_property_readonly("words", [](const PackedWeight& self) {
+        const ops::Weight& w = self.weight;
+        const int64_t words = ops::packed_column_words(w.dtype, w.in_features);
+        py::array_t<uint32_t> out(
+            std::vector<py::ssize_t>{(w.out_features + ops::kTileColumns - 1) / ops::kTileColumns,
+                                     words, ops::kTileColumns});
+        std::memcpy(out.mutable_data(), self.words.data(), out.nbytes());
+        return out;
+      });
+  m.def("pack", &pack, arg("ctx"), arg("w"), arg("layout") = "in_out", arg("dtype") = py::none());
   m.def("linear", &linear, arg("ctx"), arg("x"), arg("w"), arg("bias") = py::none(),
         arg("activation") = "none", arg("layout") = "in_out", arg("out_dtype") = "float32");
   m.def("linear_residual", &linear_residual, arg("ctx"), arg("x"), arg("w"), arg("bias"),

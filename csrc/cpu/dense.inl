@@ -2,26 +2,28 @@
 // rows.
 //
 // Lanes always run over output columns, so an element is one lane's chain over k: 256 k's from
-// zero, then added to the sum of the blocks before. Three ways to feed the lanes give the same
-// bits:
-//   strips   one row, (K, N) weights: streamed as they lie, a strip of columns at a time
-//   turned   few rows, (N, K) weights: squares of kLanes x kLanes words are transposed in registers
-//   panels   otherwise: [block of k][panel width] copies in scratch, multiplied by tiles of rows
+// zero, then added to the sum of the blocks before. Weights are read in the packed layout
+// (ops/types.h). Those that are not packed yet, a block of k of the item's columns at a time is
+// packed into scratch: the same words in the same order, hence the same bits.
 //
-// A `Layer` (dense_f32.inl, dense_bf16.inl) says what a 32-bit word of x and of a panel holds:
-//   f32                    one element
-//   bf16 without dot       one element widened to f32, each pair of k's swapped (the odd one first)
-//   bf16 with dot          the pair (k, k + 1)
+// The unit of work is a panel, kTileVectors vectors of columns, times kTileRows rows: as many sums
+// as there are registers. A `Layer` (dense_f32.inl, dense_bf16.inl) says what one word of packed
+// weights adds to them.
 
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
 
 constexpr int kPanel = kTileVectors * kLanes;  // columns of a panel
 
-constexpr int64_t kRowsAhead = 8;  // rows of (K, N) weights to prefetch while one is read
+constexpr int64_t kTile = ops::kTileColumns;
+// Items start at a multiple of this: of whole panels and of whole tiles.
+constexpr int64_t kItemColumns = kPanel > kTile ? kPanel : kTile;
+constexpr int64_t kFewRows = 32;   // up to here weights come from memory, not from a cache
+constexpr int64_t kRowsAhead = 8;  // rows of (K, N) weights to prefetch while one is packed
 
-static_assert(kMaxItemColumns % kPanel == 0, "an item is whole panels");
-static_assert(kMaxItemColumns % (2 * kLanes) == 0, "and whole strips");
+static_assert(kTile % kLanes == 0, "a vector lies within a tile");
+static_assert(kItemColumns % kPanel == 0 && kItemColumns % kTile == 0, "see kItemColumns");
+static_assert(kMaxItemColumns % kItemColumns == 0, "an item is whole panels");
 
 PYENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 PYENGINE_INLINE Vf load_upto(const float* p, int64_t n) {
@@ -152,182 +154,15 @@ static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, f
   }
 }
 
-// ---- Panels -----------------------------------------------------------------------------------
+// ---- Packing ----------------------------------------------------------------------------------
 
-// c[r][0, kPanel) (+)= one block's chain. x: kRows rows of `count` words, ldx apart.
-template <class Layer, int kRows>
-static void multiply_tile(const float* x, int64_t ldx, const float* panel, int64_t count, float* c,
-                          int64_t ldc, bool first_block) {
-  Vf acc[kRows][kTileVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = zero();
-  }
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k, panel += kPanel, ++x) {
-    Vf w[kTileVectors];
-#pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v) {
-      w[v] = load(panel + v * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vf xr = set1(x[r * ldx]);
-#pragma GCC unroll 3
-      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Layer::multiply_add(acc[r][v], xr, w[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* p = c + r * ldc + v * kLanes;
-      store(p, first_block ? acc[r][v] : add(load(p), acc[r][v]));
-    }
-  }
-}
-
-// The last rows of an item, fewer than a tile.
-template <class Layer, int kRows>
-static void multiply_rest(int64_t rows, const float* x, int64_t ldx, const float* panel,
-                          int64_t count, float* c, int64_t ldc, bool first_block) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows) {
-      multiply_tile<Layer, kRows>(x, ldx, panel, count, c, ldc, first_block);
-    } else {
-      multiply_rest<Layer, kRows - 1>(rows, x, ldx, panel, count, c, ldc, first_block);
-    }
-  }
-}
-
+// (N, K) weights: squares of words, transposed. See DenseKernels::pack for the arguments.
 template <class Layer>
-static void run_panels(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t cols,
-                       float* scratch) {
-  const int64_t rows = row1 - row0, words = Layer::words(j.in_features);
-  const int64_t panels = (cols + kPanel - 1) / kPanel, ldc = panels * kPanel;
-  float* c = scratch;
-  float* packed = scratch + rows * ldc;
-  const float* x = static_cast<const float*>(j.x) + row0 * j.x_stride;
-  for (int64_t k0 = 0; k0 < words; k0 += Layer::kBlockWords) {
-    const int64_t count = smaller(Layer::kBlockWords, words - k0);
-    if (j.layout == ops::WeightLayout::in_out) {
-      Layer::pack_in_out(j, k0, count, col0, cols, packed);
-    } else {
-      Layer::pack_out_in(j, k0, count, col0, cols, packed);
-    }
-    for (int64_t p = 0; p < panels; ++p) {
-      const float* panel = packed + p * count * kPanel;
-      int64_t r = 0;
-      for (; r + kTileRows <= rows; r += kTileRows) {
-        multiply_tile<Layer, kTileRows>(x + r * j.x_stride + k0, j.x_stride, panel, count,
-                                        c + r * ldc + p * kPanel, ldc, k0 == 0);
-      }
-      multiply_rest<Layer, kTileRows - 1>(rows - r, x + r * j.x_stride + k0, j.x_stride, panel,
-                                          count, c + r * ldc + p * kPanel, ldc, k0 == 0);
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) finish_row(j, row0 + r, col0, cols, c + r * ldc);
-}
-
-// ---- Turned -----------------------------------------------------------------------------------
-
-constexpr int kTurnedRows = 4;
-
-// y[r][0, kLanes) of kLanes columns from `col` on, of which N - col may be fewer.
-template <class Layer, int kRows>
-static void multiply_turned(const DenseJob& j, const float* x, int64_t col, float* y, int64_t ldy) {
-  const int64_t weight_words = Layer::weight_words(j.in_features);
-  constexpr int64_t kBlock = Layer::kBlockWords / Layer::kPanelRowsPerWord;
-  const int64_t cols = smaller(kLanes, j.out_features - col);
-  for (int64_t k0 = 0; k0 < weight_words; k0 += kBlock) {
-    const int64_t end = smaller(k0 + kBlock, weight_words);
-    Vf acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = zero();
-    for (int64_t k = k0; k < end; k += kLanes) {
-      Vf t[kLanes];
-      Layer::load_square(j, col, cols, k, t);
-      transpose(t);
-      if (end - k >= kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-#pragma GCC unroll 4
-          for (int r = 0; r < kRows; ++r) {
-            acc[r] = Layer::multiply_add_word(acc[r], x + r * j.x_stride, k + i, t[i]);
-          }
-        }
-      } else {
-        for (int i = 0; i < end - k; ++i) {
-          for (int r = 0; r < kRows; ++r) {
-            acc[r] = Layer::multiply_add_word(acc[r], x + r * j.x_stride, k + i, t[i]);
-          }
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      float* p = y + r * ldy;
-      store(p, k0 == 0 ? acc[r] : add(load(p), acc[r]));
-    }
-  }
-}
-
-template <class Layer>
-static void run_turned(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t cols,
-                       float* scratch) {
-  const float* x = static_cast<const float*>(j.x) + row0 * j.x_stride;
-  const int64_t ldy = kMaxItemColumns;
+static void pack_squares(const DenseJob& j, int64_t word0, int64_t words, int64_t col0,
+                         int64_t cols, float* dst, int64_t tile_words) {
   for (int64_t i = 0; i < cols; i += kLanes) {
-    switch (row1 - row0) {
-      case 1:
-        multiply_turned<Layer, 1>(j, x, col0 + i, scratch + i, ldy);
-        break;
-      case 2:
-        multiply_turned<Layer, 2>(j, x, col0 + i, scratch + i, ldy);
-        break;
-      case 3:
-        multiply_turned<Layer, 3>(j, x, col0 + i, scratch + i, ldy);
-        break;
-      default:
-        multiply_turned<Layer, 4>(j, x, col0 + i, scratch + i, ldy);
-    }
-  }
-  for (int64_t r = row0; r < row1; ++r) finish_row(j, r, col0, cols, scratch + (r - row0) * ldy);
-}
-
-// ---- One item ---------------------------------------------------------------------------------
-
-template <class Layer>
-static int64_t scratch_floats(int64_t rows, int64_t cols) {
-  const int64_t panels = (cols + kPanel - 1) / kPanel;
-  const int64_t packed = panels * kPanel * (rows + Layer::kBlockWords);
-  const int64_t unpacked = kTurnedRows * kMaxItemColumns;
-  return packed > unpacked ? packed : unpacked;
-}
-
-template <class Layer>
-static void run_dense(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
-                      float* scratch) {
-  const int64_t rows = row1 - row0, cols = col1 - col0;
-  if (rows == 1 && j.layout == ops::WeightLayout::in_out) {
-    Layer::run_strips(j, static_cast<const float*>(j.x) + row0 * j.x_stride, col0, cols, scratch);
-    finish_row(j, row0, col0, cols, scratch);
-  } else if (rows <= kTurnedRows && j.layout == ops::WeightLayout::out_in) {
-    run_turned<Layer>(j, row0, row1, col0, cols, scratch);
-  } else {
-    run_panels<Layer>(j, row0, row1, col0, cols, scratch);
-  }
-}
-
-// (N, K) weights: squares of words, transposed, become kLanes columns of a panel.
-template <class Layer>
-static void pack_squares(const DenseJob& j, int64_t k0, int64_t count, int64_t col0, int64_t cols,
-                         float* dst) {
-  constexpr int64_t kRowsPerWord = Layer::kPanelRowsPerWord;
-  const int64_t word0 = k0 / kRowsPerWord, words = count / kRowsPerWord;
-  const int64_t padded = (cols + kPanel - 1) / kPanel * kPanel;
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    float* out = dst + i / kPanel * count * kPanel + i % kPanel;
-    const int64_t valid = smaller(kLanes, cols - i);
+    float* out = dst + i / kTile * tile_words * kTile + i % kTile;
+    const int64_t valid = smaller(kLanes, j.out_features - (col0 + i));
     for (int64_t k = 0; k < words; k += kLanes) {
       Vf t[kLanes];
       if (valid <= 0) {
@@ -337,11 +172,221 @@ static void pack_squares(const DenseJob& j, int64_t k0, int64_t count, int64_t c
         transpose(t);
       }
       const int64_t rows = smaller(kLanes, words - k);
-      for (int64_t l = 0; l < rows; ++l) {
-        Layer::store_panel_rows(out + (k + l) * kRowsPerWord * kPanel, t[l]);
-      }
+      for (int64_t l = 0; l < rows; ++l) store(out + (k + l) * kTile, t[l]);
     }
   }
+}
+
+template <class Layer>
+static void pack(const DenseJob& j, int64_t word0, int64_t words, int64_t col0, int64_t cols,
+                 float* dst, int64_t tile_words) {
+  if (j.layout == ops::WeightLayout::in_out) {
+    Layer::pack_in_out(j, word0, words, col0, cols, dst, tile_words);
+  } else {
+    pack_squares<Layer>(j, word0, words, col0, cols, dst, tile_words);
+  }
+}
+
+// ---- Panels -----------------------------------------------------------------------------------
+
+// What is asked of memory while a tile is computed, one line at a time.
+enum class Ahead : uint8_t {
+  nothing,
+  same,   // the words kWordsAhead further on in the columns being read
+  words,  // weights that a later tile reads
+  both,   // weights, and the rows of x that the next tile reads
+};
+
+constexpr int64_t kWordsAhead = 24;
+
+struct PanelTile {
+  const float* x;  // rows of the block, ldx apart
+  int64_t ldx;
+  const float* w;                  // the block's words of the first vector's columns
+  int64_t w_offset[kTileVectors];  // from there to those of the others
+  int64_t words;
+  float* c;  // c[r][0, kPanel) (+)= the block's chains
+  int64_t ldc;
+  bool first_block;
+  const float* ahead;  // weights: where; Ahead::words: ahead_step floats further for each word
+  int64_t ahead_step;
+  const int64_t* next_rows;  // Ahead::both: from x to the lines of the next rows
+};
+
+template <class Layer, Ahead kAhead, int kRows>
+static void multiply_tile(const PanelTile& t) {
+  Vf acc[kRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = zero();
+  }
+  const float* x = t.x;
+  const float* w = t.w;
+  const int64_t ldx = t.ldx;
+  int64_t offset[kTileVectors];
+  for (int v = 0; v < kTileVectors; ++v) offset[v] = t.w_offset[v];
+  const float* ahead = t.ahead;
+  const int64_t ahead_step = t.ahead_step;
+  const int64_t* next_row = t.next_rows;
+  auto one_word = [&]() __attribute__((always_inline)) {
+    Vf word[kTileVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVectors; ++v) {
+      word[v] = load(w + offset[v]);
+      if (kAhead == Ahead::same && v * kLanes % kTile == 0) {
+        __builtin_prefetch(w + offset[v] + kWordsAhead * kTile, 0, 3);
+      }
+    }
+    Layer::template multiply_add<kRows>(acc, x, ldx, word);
+    w += kTile;
+    x += Layer::kInputsPerWord;
+  };
+  const float* end = w + t.words / 2 * 2 * kTile;
+  while (w != end) {
+    if (kAhead == Ahead::words || kAhead == Ahead::both) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+    }
+    one_word();
+    if (kAhead == Ahead::words) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+    }
+    if (kAhead == Ahead::both) {
+#pragma GCC unroll 2
+      for (int i = 0; i < Layer::kInputsPerWord; ++i) __builtin_prefetch(t.x + next_row[i], 0, 2);
+      next_row += Layer::kInputsPerWord;
+    }
+    one_word();
+  }
+  if (t.words % 2 != 0) one_word();
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* p = t.c + r * t.ldc + v * kLanes;
+      store(p, t.first_block ? acc[r][v] : add(load(p), acc[r][v]));
+    }
+  }
+}
+
+template <class Layer, Ahead kAhead, int kRows = kTileRows>
+PYENGINE_INLINE void multiply_rows(int64_t rows, const PanelTile& t) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows) {
+      multiply_tile<Layer, kAhead, kRows>(t);
+    } else {
+      multiply_rows<Layer, kAhead, kRows - 1>(rows, t);
+    }
+  }
+}
+
+// One block of one panel for all `rows`. `next`: the words that will be read after these, or null
+// if they are near already; as far apart as those of t.w.
+template <class Layer>
+static void multiply_panel(PanelTile t, int64_t rows, const float* next) {
+  if (rows <= kTileRows) {
+    next != nullptr ? multiply_rows<Layer, Ahead::same>(rows, t)
+                    : multiply_rows<Layer, Ahead::nothing>(rows, t);
+    return;
+  }
+  // Memory should be busy all the time: each pass asks for its share of the words that are next.
+  constexpr int64_t kLines = kPanel > kTile ? kPanel / kTile : 1;  // cache lines of one word
+  const bool is_few = rows <= kFewRows;
+  int64_t passes = (rows + kTileRows - 1) / kTileRows;
+  if (passes < kLines) passes = kLines;
+  const int64_t passes_per_line = is_few ? passes / kLines : 2;
+  for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
+    const int64_t end = rows * (pass + 1) / passes, line = pass / passes_per_line;
+    t.ahead = t.w;
+    t.ahead_step = 0;
+    if (next != nullptr && line < kLines) {
+      t.ahead_step = is_few ? kTile / passes_per_line : kTile;
+      t.ahead =
+          next + t.w_offset[line] + pass % passes_per_line * t.words * kTile / passes_per_line;
+    }
+    if (end - r == kTileRows && !is_few) {
+      multiply_tile<Layer, Ahead::both, kTileRows>(t);
+    } else if (t.ahead_step > 0) {
+      multiply_rows<Layer, Ahead::words>(end - r, t);
+    } else {
+      multiply_rows<Layer, Ahead::nothing>(end - r, t);
+    }
+    t.x += (end - r) * t.ldx;
+    t.c += (end - r) * t.ldc;
+    r = end;
+  }
+}
+
+// ---- One item ---------------------------------------------------------------------------------
+
+template <class Layer>
+static int64_t scratch_floats(int64_t rows, int64_t cols) {
+  const int64_t padded = (cols + kItemColumns - 1) / kItemColumns * kItemColumns;
+  return padded * (rows + Layer::kBlockWords);
+}
+
+template <class Layer>
+static void run_dense(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+                      float* scratch) {
+  const int64_t rows = row1 - row0, cols = col1 - col0;
+  const int64_t words = Layer::words(j.in_features);
+  const int64_t panels = (cols + kPanel - 1) / kPanel, ldc = panels * kPanel;
+  const bool is_packed = j.layout == ops::WeightLayout::packed;
+  float* c = scratch;
+  float* packed = scratch + rows * ldc;
+  const float* base = is_packed ? static_cast<const float*>(j.w) + col0 * words : packed;
+
+  // Lines of kTileRows rows, one for each two floats of a row that are read.
+  int64_t next_rows[Layer::kBlockWords * Layer::kInputsPerWord / 2];
+  for (int64_t i = 0, line = 16; i < Layer::kBlockWords * Layer::kInputsPerWord / 2; ++i) {
+    const int64_t per_row = Layer::kBlockWords * Layer::kInputsPerWord / line;
+    next_rows[i] = (kTileRows + i / per_row % kTileRows) * j.x_stride + i % per_row * line;
+  }
+
+  auto block_of_panel = [&](int64_t k0, int64_t p) {
+    const int64_t count = smaller(Layer::kBlockWords, words - k0);
+    const int64_t tile_words = is_packed ? words : count;
+    // The words of column `col` of the item.
+    auto words_of = [&](int64_t col) {
+      return base + col / kTile * tile_words * kTile + col % kTile + (is_packed ? k0 * kTile : 0);
+    };
+    PanelTile t;
+    t.x = static_cast<const float*>(j.x) + row0 * j.x_stride + k0 * Layer::kInputsPerWord;
+    t.ldx = j.x_stride;
+    t.w = words_of(p * kPanel);
+    for (int v = 0; v < kTileVectors; ++v) {
+      // Vectors beyond the last tile read the panel's first: nobody sees their sums.
+      const int64_t col = p * kPanel + v * kLanes;
+      t.w_offset[v] = col < cols ? words_of(col) - t.w : 0;
+    }
+    t.words = count;
+    t.c = c + p * kPanel;
+    t.ldc = ldc;
+    t.first_block = k0 == 0;
+    t.next_rows = next_rows;
+    const float* next = t.w + count * kTile;  // the next block
+    if (k0 + count == words) next = words_of((p + 1) * kPanel) - k0 * kTile;
+    const bool is_last = k0 + count == words && p + 1 == panels && rows > kTileRows;
+    multiply_panel<Layer>(t, rows, is_packed && !is_last ? next : nullptr);
+  };
+
+  if (is_packed && rows <= kFewRows) {
+    for (int64_t p = 0; p < panels; ++p) {  // columns as they lie: long runs of memory
+      for (int64_t k0 = 0; k0 < words; k0 += Layer::kBlockWords) block_of_panel(k0, p);
+    }
+  } else {
+    for (int64_t k0 = 0; k0 < words; k0 += Layer::kBlockWords) {  // x stays in a cache
+      if (!is_packed) {
+        const int64_t count = smaller(Layer::kBlockWords, words - k0);
+        const int64_t tiles = (cols + kTile - 1) / kTile;
+        pack<Layer>(j, k0, count, col0, tiles * kTile, packed, count);
+      }
+      for (int64_t p = 0; p < panels; ++p) block_of_panel(k0, p);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) finish_row(j, row0 + r, col0, cols, c + r * ldc);
 }
 
 }  // namespace

@@ -3,66 +3,38 @@
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
 
-// y[0, kLanes kVectors) of one row over K; the last vector has `last` columns.
-template <int kVectors>
-static void multiply_strip_f32(const float* x, const float* w, int64_t ldw, int64_t in_features,
-                               float* y, int last = kLanes) {
-  for (int64_t k0 = 0; k0 < in_features; k0 += ops::kReductionBlock) {
-    const int64_t end = smaller(k0 + ops::kReductionBlock, in_features);
-    Vf acc[kVectors];
-#pragma GCC unroll 24
-    for (int v = 0; v < kVectors; ++v) acc[v] = zero();
-    for (int64_t k = k0; k < end; ++k) {
-      const float* row = w + k * ldw;
-      const Vf xk = set1(x[k]);
-      if (kVectors == 1 && last < kLanes) {
-        acc[0] = fma(xk, load(row, last), acc[0]);
-        continue;
-      }
-#pragma GCC unroll 24
-      for (int v = 0; v < kVectors; ++v) {
-        acc[v] = fma(xk, load(row + v * kLanes), acc[v]);
-        if (v * kLanes % 16 == 0) __builtin_prefetch(row + kRowsAhead * ldw + v * kLanes, 0, 2);
-      }
-    }
-#pragma GCC unroll 24
-    for (int v = 0; v < kVectors; ++v) {
-      float* p = y + v * kLanes;
-      store(p, k0 == 0 ? acc[v] : add(load(p), acc[v]));
-    }
-  }
-}
-
 struct LayerF32 {
   static constexpr int64_t kBlockWords = ops::kReductionBlock;
-  static constexpr int64_t kPanelRowsPerWord = 1;
+  static constexpr int64_t kInputsPerWord = 1;  // floats of x
 
   static int64_t words(int64_t in_features) { return in_features; }
-  static int64_t weight_words(int64_t in_features) { return in_features; }
 
-  PYENGINE_INLINE Vf multiply_add(Vf acc, Vf x, Vf w) { return fma(x, w, acc); }
-  PYENGINE_INLINE Vf multiply_add_word(Vf acc, const float* x, int64_t k, Vf w) {
-    return fma(set1(x[k]), w, acc);
+  template <int kRows>
+  PYENGINE_INLINE void multiply_add(Vf (&acc)[kRows][kTileVectors], const float* x, int64_t ldx,
+                                    const Vf* w) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vf xr = set1(x[r * ldx]);
+#pragma GCC unroll 3
+      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = fma(xr, w[v], acc[r][v]);
+    }
   }
 
-  static void pack_in_out(const DenseJob& j, int64_t k0, int64_t count, int64_t col0, int64_t cols,
-                          float* dst) {
-    const int64_t full = cols / kPanel, rest = cols % kPanel;
-    for (int64_t k = 0; k < count; ++k) {
-      const float* row = static_cast<const float*>(j.w) + (k0 + k) * j.out_features + col0;
-      float* out = dst + k * kPanel;
-      for (int64_t p = 0; p < full; ++p, out += count * kPanel, row += kPanel) {
-#pragma GCC unroll 3
-        for (int v = 0; v < kTileVectors; ++v) {
-          store(out + v * kLanes, load(row + v * kLanes));
-          __builtin_prefetch(row + v * kLanes + kRowsAhead * j.out_features, 0, 2);
+  // See DenseKernels::pack.
+  static void pack_in_out(const DenseJob& j, int64_t word0, int64_t words, int64_t col0,
+                          int64_t cols, float* dst, int64_t tile_words) {
+    const int64_t ldw = j.out_features;
+    for (int64_t k = 0; k < words; ++k) {
+      const float* row = static_cast<const float*>(j.w) + (word0 + k) * ldw + col0;
+      float* out = dst + k * kTile;
+      for (int64_t i = 0; i < cols; i += kTile, out += tile_words * kTile) {
+        const int64_t valid = ldw - (col0 + i);
+        for (int64_t v = 0; v < kTile; v += kLanes) {
+          store(out + v, valid >= kTile ? load(row + i + v)
+                         : valid > v    ? load_upto(row + i + v, valid - v)
+                                        : zero());
         }
-      }
-      if (rest > 0) {
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t n = rest - v * kLanes;
-          store(out + v * kLanes, n > 0 ? load_upto(row + v * kLanes, n) : zero());
-        }
+        __builtin_prefetch(row + i + kRowsAhead * ldw, 0, 2);
       }
     }
   }
@@ -82,39 +54,13 @@ struct LayerF32 {
         t[l] = l < cols ? load_upto(w + l * j.in_features, n) : zero();
     }
   }
-
-  PYENGINE_INLINE void store_panel_rows(float* out, Vf word) { store(out, word); }
-
-  static void pack_out_in(const DenseJob& j, int64_t k0, int64_t count, int64_t col0, int64_t cols,
-                          float* dst) {
-    pack_squares<LayerF32>(j, k0, count, col0, cols, dst);
-  }
-
-  static void run_strips(const DenseJob& j, const float* x, int64_t col0, int64_t cols, float* y) {
-    const int64_t ldw = j.out_features;
-    const float* w = static_cast<const float*>(j.w) + col0;
-    int64_t i = 0;
-    for (; cols - i >= kStripVectors * kLanes; i += kStripVectors * kLanes) {
-      multiply_strip_f32<kStripVectors>(x, w + i, ldw, j.in_features, y + i);
-    }
-    for (; cols - i >= kStripVectors / 2 * kLanes; i += kStripVectors / 2 * kLanes) {
-      multiply_strip_f32<kStripVectors / 2>(x, w + i, ldw, j.in_features, y + i);
-    }
-    for (; cols - i >= 3 * kLanes; i += 3 * kLanes) {
-      multiply_strip_f32<3>(x, w + i, ldw, j.in_features, y + i);
-    }
-    for (; i < cols; i += kLanes) {
-      const int last = static_cast<int>(smaller(cols - i, kLanes));
-      multiply_strip_f32<1>(x, w + i, ldw, j.in_features, y + i, last);
-    }
-  }
 };
 
 static int64_t prepared_words_f32(int64_t) { return 0; }
 static void prepare_f32(const void*, int64_t, int64_t, void*) {}
 
-constexpr DenseKernels kDenseF32 = {prepared_words_f32, prepare_f32, scratch_floats<LayerF32>,
-                                    run_dense<LayerF32>, kPanel};
+constexpr DenseKernels kDenseF32 = {prepared_words_f32,  prepare_f32,    scratch_floats<LayerF32>,
+                                    run_dense<LayerF32>, pack<LayerF32>, kItemColumns};
 
 }  // namespace
 }  // namespace pyengine::cpu::PYENGINE_ISA

@@ -61,7 +61,12 @@ struct DenseKernels {
   // Rows [row0, row1), columns [col0, col1): at most kMaxItemColumns columns.
   void (*run)(const DenseJob& job, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
               float* scratch);
-  int64_t panel_columns;  // items that start at multiples of this waste no lanes
+  // Words [word0, word0 + words) of k of columns [col0, col0 + cols) of in_out or out_in weights to
+  // the packed layout: dst has tile_words words of k for each tile. cols is whole tiles, zero
+  // beyond the last column.
+  void (*pack)(const DenseJob& job, int64_t word0, int64_t words, int64_t col0, int64_t cols,
+               float* dst, int64_t tile_words);
+  int64_t panel_columns;  // items start at multiples of this
 };
 
 struct AttentionJob {

@@ -12,6 +12,10 @@ namespace {
 constexpr int64_t kMaxItemRows = 512;  // their sums stay in a 2 MB L2 beside the packed weights
 constexpr int64_t kPrepareRows = 16;
 constexpr int64_t kQuantizeRows = 4;  // a few microseconds: fewer are not worth waking a thread
+constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kPackColumns = 192;
+constexpr int64_t kPackInputs =
+    256;  // k's that are converted before they are packed, if they must be
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -37,15 +41,12 @@ DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, in
   DenseItems items;
   items.total_rows = rows;
   items.total_cols = cols;
-  // One row is bound by memory: runs as long as possible, and one equal share for each thread. Many
-  // rows are bound by arithmetic: several items each, so that no thread waits long for the last.
-  const int64_t unit = rows == 1 ? 32 : kernels.panel_columns;
-  const int64_t wanted =
-      rows == 1 ? round_up(ceil_div(cols, kMaxItemColumns), threads) : 3 * threads;
+  // Several items for each thread, so that none waits long for the last.
+  const int64_t wanted = kItemsPerThread * threads;
   const int64_t widest = rows <= 64 ? kMaxItemColumns : kMaxItemColumns / 2;
-  items.cols = std::min(round_up(ceil_div(cols, wanted), unit), widest);
+  items.cols = std::min(round_up(ceil_div(cols, wanted), kernels.panel_columns), widest);
   items.col_items = ceil_div(cols, items.cols);
-  // Rows are cut further when columns alone do not occupy the threads; each part packs for itself.
+  // Rows are cut further when columns alone do not occupy the threads; each part reads them all.
   int64_t parts = ceil_div(rows, max_rows);
   if (items.col_items < 2 * threads) {
     parts = std::max(parts, std::min(ceil_div(2 * threads, items.col_items), rows / 64));
@@ -91,6 +92,52 @@ DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops:
 }  // namespace pyengine::cpu
 
 namespace pyengine::ops {
+
+void pack(ExecContext& ctx, const Weight& w, DType dtype, void* out) {
+  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, dtype);
+  const int64_t inputs = w.in_features, outputs = w.out_features;
+  const int64_t words = packed_column_words(dtype, inputs);
+  const int64_t inputs_per_word = dtype == DType::f32 ? 1 : 2;
+  const int64_t tiled = cpu::round_up(outputs, kTileColumns);
+  const bool is_in_out = w.layout == WeightLayout::in_out;
+  ArenaScope scope(ctx.arena);
+  const int64_t strip = w.dtype == dtype ? 0 : cpu::kPackColumns * cpu::kPackInputs;
+  float* strips = ctx.arena.take<float>(strip * ctx.pool.num_threads());
+
+  ctx.pool.parallel_for(cpu::ceil_div(tiled, cpu::kPackColumns), [&](int64_t item, int worker) {
+    const int64_t col0 = item * cpu::kPackColumns;
+    const int64_t cols = std::min(cpu::kPackColumns, tiled - col0);
+    float* to = static_cast<float*>(out) + col0 * words;
+    cpu::DenseJob job;
+    job.layout = w.layout;
+    job.in_features = inputs;
+    job.out_features = outputs;
+    if (w.dtype == dtype) {
+      job.w = w.data;
+      kernels.pack(job, 0, words, col0, cols, to, words);
+      return;
+    }
+    const int64_t valid = std::min(cols, outputs - col0);
+    job.w = strips + worker * strip;
+    job.out_features = valid;
+    for (int64_t k0 = 0; k0 < inputs; k0 += cpu::kPackInputs) {
+      const int64_t count = std::min(cpu::kPackInputs, inputs - k0);
+      const int64_t rows = is_in_out ? count : valid, row_size = is_in_out ? valid : count;
+      job.in_features = count;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t from = is_in_out ? (k0 + r) * outputs + col0 : (col0 + r) * inputs + k0;
+        ctx.kernels.convert(
+            static_cast<const char*>(w.data) + from * static_cast<int64_t>(size_of(w.dtype)),
+            w.dtype,
+            reinterpret_cast<char*>(strips + worker * strip) +
+                r * row_size * static_cast<int64_t>(size_of(dtype)),
+            dtype, row_size);
+      }
+      kernels.pack(job, 0, cpu::ceil_div(count, inputs_per_word), 0, cols,
+                   to + k0 / inputs_per_word * kTileColumns, words);
+    }
+  });
+}
 
 void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
             Activation activation, void* out, DType out_dtype) {

@@ -16,7 +16,6 @@ using Vi = __m256i;
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 of the panel, 1 of x: 15 of 16 registers
 constexpr int kTileVectors = 2;
-constexpr int kStripVectors = 12;  // one row: 96 columns of each weight row at a time
 constexpr int kAttentionRows = 6;
 constexpr int kScoreVectors = 2;
 constexpr int kValueVectors = 2;
@@ -73,6 +72,9 @@ PYENGINE_INLINE Vi shift_left(Vi a) {
 PYENGINE_INLINE Vf low_half(Vi a) { return as_float(_mm256_slli_epi32(a, 16)); }
 PYENGINE_INLINE Vf high_half(Vi a) {
   return as_float(_mm256_and_si256(a, set1(static_cast<int32_t>(0xffff0000u))));
+}
+PYENGINE_INLINE Vf merge_halves(Vf even, Vf odd) {
+  return as_float(_mm256_or_si256(_mm256_srli_epi32(as_int(even), 16), as_int(odd)));
 }
 PYENGINE_INLINE Vf load_bf16(const uint16_t* p) {
   __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -146,12 +148,6 @@ PYENGINE_INLINE void transpose(Vf r[8]) {
     r[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20);
     r[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
   }
-}
-
-PYENGINE_INLINE void interleave(Vf& a, Vf& b) {
-  Vf low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
-  a = _mm256_permute2f128_ps(low, high, 0x20);
-  b = _mm256_permute2f128_ps(low, high, 0x31);
 }
 
 }  // namespace

@@ -16,7 +16,6 @@ using Vi = __m512i;
 constexpr int kLanes = 16;
 constexpr int kTileRows = 8;  // 8 x 3 accumulators, 3 of the panel, 1 of x: 28 of 32 registers
 constexpr int kTileVectors = 3;
-constexpr int kStripVectors = 24;  // one row: 384 columns, 1.5 KB of each weight row at a time
 constexpr int kAttentionRows = 6;
 constexpr int kScoreVectors = 4;  // 6 x 4 accumulators
 constexpr int kValueVectors = 4;
@@ -68,6 +67,9 @@ PYENGINE_INLINE Vi shift_left(Vi a) {
 PYENGINE_INLINE Vf low_half(Vi a) { return as_float(_mm512_slli_epi32(a, 16)); }
 PYENGINE_INLINE Vf high_half(Vi a) {
   return as_float(_mm512_and_si512(a, set1(static_cast<int32_t>(0xffff0000u))));
+}
+PYENGINE_INLINE Vf merge_halves(Vf even, Vf odd) {
+  return as_float(_mm512_or_si512(_mm512_srli_epi32(as_int(even), 16), as_int(odd)));
 }
 PYENGINE_INLINE Vf widen(__m256i a) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
@@ -151,36 +153,10 @@ PYENGINE_INLINE void transpose(Vf r[16]) {
   }
 }
 
-// a, b: lanes 0 2 4 … and 1 3 5 … of 32 columns -> columns 0..15 and 16..31.
-PYENGINE_INLINE void interleave(Vf& a, Vf& b) {
-  const Vi low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  Vf first16 = _mm512_permutex2var_ps(a, low, b);
-  b = _mm512_permutex2var_ps(a, add(low, set1(8)), b);
-  a = first16;
-}
-
 #if defined(__AVX512BF16__)
 // Words of two bf16: acc + odd halves' product, then + even halves' product.
 PYENGINE_INLINE Vf dot_pairs(Vf acc, Vf x, Vf w) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
-}
-// Rows k and k + 1 of 32 bf16 columns -> words (k, k + 1), columns in the order of the 128-bit
-// lanes.
-PYENGINE_INLINE void pair_rows(Vi even, Vi odd, Vf& a, Vf& b) {
-  a = as_float(_mm512_unpacklo_epi16(even, odd));
-  b = as_float(_mm512_unpackhi_epi16(even, odd));
-}
-// bf16 widened to f32 in both -> words (even, odd).
-PYENGINE_INLINE Vi merge_halves(Vf even, Vf odd) {
-  return _mm512_or_si512(_mm512_srli_epi32(as_int(even), 16), as_int(odd));
-}
-// Undoes the lane order of pair_rows: -> columns 0..15 and 16..31.
-PYENGINE_INLINE void unpair_lanes(Vf& a, Vf& b) {
-  const Vi low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-  const Vi high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  Vi lo = _mm512_permutex2var_epi64(as_int(a), low, as_int(b));
-  b = as_float(_mm512_permutex2var_epi64(as_int(a), high, as_int(b)));
-  a = as_float(lo);
 }
 #endif
 

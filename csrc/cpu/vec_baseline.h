@@ -12,9 +12,9 @@
 //                     bf16 in the halves of a word, or packed (stored rounded to nearest even)
 //   store_half        bf16 of the first n lanes to the low (0) or the high (1) halves of n words
 //   load_i8           kLanes bytes
+//   merge_halves      words of two bf16 from their values; the low half first
 //   sum, max_of       over lanes, in a fixed order
 //   transpose         kLanes x kLanes words in place
-//   interleave        lanes 0 2 4 … in a, 1 3 5 … in b -> the first and the second half in order
 // clang-format on
 //
 // In each vec_*.h the constants say how kernels are tiled for its number of registers.
@@ -38,12 +38,10 @@ using Halves = uint16_t __attribute__((vector_size(8)));
 constexpr int kLanes = 4;
 #if defined(__aarch64__)
 constexpr int kTileRows = 8;  // 8 x 2 accumulators of 32 registers
-constexpr int kStripVectors = 24;
 constexpr int kAttentionRows = 6;
 #else
 // 4 x 2 accumulators, 2 of the panel, x and its product: 12 of 16 registers
 constexpr int kTileRows = 4;
-constexpr int kStripVectors = 12;
 constexpr int kAttentionRows = 3;
 #endif
 constexpr int kTileVectors = 2;
@@ -122,6 +120,9 @@ PYENGINE_INLINE Vi shift_left(Vi a) {
 
 PYENGINE_INLINE Vf low_half(Vi a) { return as_float(shift_left<16>(a)); }
 PYENGINE_INLINE Vf high_half(Vi a) { return as_float(a & set1(static_cast<int32_t>(0xffff0000u))); }
+PYENGINE_INLINE Vf merge_halves(Vf even, Vf odd) {
+  return reinterpret_cast<Vf>(reinterpret_cast<Vu>(even) >> 16 | reinterpret_cast<Vu>(odd));
+}
 PYENGINE_INLINE Vf load_bf16(const uint16_t* p) {
   Halves a;
   __builtin_memcpy(&a, p, sizeof a);
@@ -204,12 +205,6 @@ PYENGINE_INLINE void transpose(Vf r[4]) {
   r[1] = Vf{a[1], b[1], c[1], d[1]};
   r[2] = Vf{a[2], b[2], c[2], d[2]};
   r[3] = Vf{a[3], b[3], c[3], d[3]};
-}
-
-PYENGINE_INLINE void interleave(Vf& a, Vf& b) {
-  Vf low = Vf{a[0], b[0], a[1], b[1]};
-  b = Vf{a[2], b[2], a[3], b[3]};
-  a = low;
 }
 
 }  // namespace

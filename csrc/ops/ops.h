@@ -57,6 +57,10 @@ void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t n
                 int64_t channels, const float* gain, const float* bias, float eps, void* out,
                 DType out_dtype);
 
+// The weights w (in_out or out_in, any dtype) in the packed layout and in `dtype`, f32 or bf16.
+//   out packed_words(dtype, K, N) 32-bit words
+void pack(ExecContext& ctx, const Weight& w, DType dtype, void* out);
+
 // out = activation(x w + bias)
 //   x (R, K) act; bias (N,) or null; out (R, N) of out_dtype
 void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,

@@ -29,10 +29,25 @@ def layer_norm(
 ) -> npt.NDArray[Any]:
     """Layer norm (R, C) of the rows ``rows`` (int32) of x, or of all."""
 
+class PackedWeight:
+    """Dense weights in the layout that the kernels stream: what ``pack`` returns."""
+
+    @property
+    def words(self) -> npt.NDArray[np.uint32]:
+        """A copy (ceil(N / 16), words of k, 16): a word is a float32, or the bfloat16 of k and k + 1."""
+
+def pack(
+    ctx: ExecContext,
+    w: _FloatsOrBfloat16,
+    layout: str = "in_out",
+    dtype: str | None = None,
+) -> PackedWeight:
+    """The weights w (K, N) or, with layout "out_in", (N, K), packed; converted to ``dtype`` if it is given."""
+
 def linear(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,
-    w: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16 | PackedWeight,
     bias: _Floats | None = None,
     activation: str = "none",
     layout: str = "in_out",
@@ -46,7 +61,7 @@ def linear(
 def linear_residual(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,
-    w: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16 | PackedWeight,
     bias: _Floats | None,
     residual: _Floats,
     layout: str = "in_out",
@@ -56,7 +71,7 @@ def linear_residual(
 def qkv(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,
-    w: _FloatsOrBfloat16,
+    w: _FloatsOrBfloat16 | PackedWeight,
     bias: _Floats,
     batch: Batch,
     kv: KVCache,
@@ -78,7 +93,7 @@ def attention(
 def score_rows(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,
-    head: _FloatsOrBfloat16,
+    head: _FloatsOrBfloat16 | PackedWeight,
     targets: _Int32Buffer,
     top_n: int = 0,
 ) -> tuple[_Floats, npt.NDArray[np.int32], _Floats]:
