@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyengine.decoding.params import SamplingParams
     from pyengine.errors import (
         CheckpointError,
+        ClosedError,
         ConfigError,
         InternalError,
         OutOfMemory,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pyengine.outputs import (
         Choice,
         CompletionOutput,
+        EngineStats,
         Logprob,
         RequestMetrics,
         RequestOutput,
@@ -41,8 +43,10 @@ __all__ = [
     "LLM",
     "CheckpointError",
     "Choice",
+    "ClosedError",
     "CompletionOutput",
     "ConfigError",
+    "EngineStats",
     "InternalError",
     "Logprob",
     "OutOfMemory",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "CheckpointError",
+    "ClosedError",
     "ConfigError",
     "InternalError",
     "OutOfMemory",
@@ -39,6 +40,10 @@ class RequestError(PyEngineError, ValueError):
 
 class OutOfMemory(PyEngineError, MemoryError):
     """Memory, or the blocks of the KV cache, ran out."""
+
+
+class ClosedError(PyEngineError):
+    """The LLM was closed while the request ran, or before it came."""
 
 
 class InternalError(PyEngineError):

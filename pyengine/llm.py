@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from pyengine.decoding.params import MAX_LOGPROBS, MAX_SEED, SamplingParams, derived_seed, params_of_each
-from pyengine.engine.request import Request
+from pyengine.calls import (
+    Progress,
+    async_deltas,
+    deltas,
+    finished_in_order,
+    priorities_of_each,
+    progress_line,
+    wait_for_end,
+)
+from pyengine.decoding.params import MAX_SEED, SamplingParams, derived_seed, params_of_each
+from pyengine.engine.generation import Generation
 from pyengine.engine.scheduler import BLOCK_TOKENS
-from pyengine.engine.scoring import score_windows
-from pyengine.errors import InternalError, RequestError, TokenizerError
+from pyengine.engine.scoring import Scoring
+from pyengine.engine.thread import EngineThread
+from pyengine.errors import RequestError, TokenizerError
 from pyengine.loading import check_count, load
-from pyengine.outputs import Choice, RequestOutput, ScoreOutput, StreamDelta
+from pyengine.outputs import Choice, EngineStats, RequestOutput, ScoreOutput, StreamDelta
 from pyengine.prompts import Prompt, Prompts, as_list, is_one
-from pyengine.targets import LENGTH_NORMALIZATIONS, Target, continuation_targets, rank_choices, score_targets
+from pyengine.targets import (
+    LENGTH_NORMALIZATIONS,
+    Target,
+    check_scoring,
+    continuation_targets,
+    rank_choices,
+    score_targets,
+)
 
 if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
 
-Progress = Callable[[int, int, int], object]
 OnOutput = Callable[[int, RequestOutput], object]
-_PROGRESS_INTERVAL = 0.1  # seconds
+OnScore = Callable[[int, ScoreOutput], object]
 _AUTOMATIC_ID = "auto-"  # what the ids of requests without a request_id begin with
 
 
@@ -48,13 +62,16 @@ class LLM:
         ``max_model_len`` tokens, but takes no more than 25 % of the memory available to the process
         (MemAvailable, or what its cgroup leaves if that is less), and holds at least one such sequence.
         It is address space: memory is used as sequences grow into it, and then kept.
-    enable_prefix_caching: keep the keys and values of finished prompts for prompts that begin alike.
+    enable_prefix_caching: keep the keys and values of prompts for prompts that begin alike.
+    max_queue_size: requests that wait in the engine's queue at most; others wait outside. ``stream`` returns,
+        and ``astream`` goes on, when its request has entered.
     seed: makes requests without a seed of their own reproducible, in the order in which they come.
 
-    Methods may be called from any thread; the requests of several threads run together. A process that
-    forks keeps its LLM; in the child, every call of it is an InternalError. Raises
-    CheckpointError, ConfigError or OutOfMemory. A damaged tokenizer raises TokenizerError when a text is
-    first needed.
+    A thread of its own runs the requests of all callers, in any number of threads and event loops. It starts
+    with the first request; ``close``, the end of a ``with`` block and the end of the interpreter end it, and
+    what still runs. A process that forks keeps its LLM; in the child, every call of it is an InternalError.
+    Raises CheckpointError, ConfigError or OutOfMemory. A damaged tokenizer raises TokenizerError when a text
+    is first needed.
     """
 
     def __init__(
@@ -72,9 +89,11 @@ class LLM:
         kv_cache_memory: int | str | None = None,
         enable_prefix_caching: bool = True,
         seed: int | None = None,
+        max_queue_size: int = 1024,
     ) -> None:
         if seed is not None:
             check_count("seed", seed, MAX_SEED, low=0)
+        check_count("max_queue_size", max_queue_size, 2**31 - 1)
         loaded = load(
             model,
             device=device,
@@ -98,9 +117,29 @@ class LLM:
         self._engine = loaded.engine
         self._defaults = loaded.defaults
         self._seed = seed
-        self._numbers = itertools.count()
-        self._lock = threading.Lock()  # held by the thread that runs a step or scores
-        self._process = os.getpid()
+        self._numbers = itertools.count()  # of requests
+        self._seeds = itertools.count()  # of requests that draw
+        self._thread = EngineThread(loaded.engine, max_queue_size)
+        weakref.finalize(self, self._thread.stop).atexit = False  # thread.py has an exit handler of its own
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._thread.is_over else ""
+        return (
+            f"LLM({str(self.path)!r}, dtype={self.dtype!r}, kv_cache_dtype={self.kv_cache_dtype!r}, "
+            f"num_threads={self.num_threads}, max_model_len={self.max_model_len}, "
+            f"num_kv_blocks={self.num_kv_blocks}{state})"
+        )
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine's thread. Requests that still run, whoever's they are, end with a ClosedError, and
+        so does every later one. May be called again."""
+        self._thread.close()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -112,77 +151,101 @@ class LLM:
         """Blocks of 16 tokens in the KV cache."""
         return self._engine.core.manager.num_blocks
 
+    def stats(self) -> EngineStats:
+        """What the engine does now, and what it has done so far."""
+        return self._thread.stats()
+
     def generate(
         self,
         prompts: Prompts = None,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         progress: bool | Progress = False,
         on_output: OnOutput | None = None,
     ) -> list[RequestOutput]:
         """Continue prompts: texts, lists of token ids, or None (from BOS). One output per prompt, in order.
 
-        ``params``: for all prompts, or one per prompt. ``progress``: True for a line on standard error, or a
-        function that is called with (finished prompts, all prompts, new tokens) now and then, and at the end.
-        ``on_output`` is called with (index, output) for each prompt in order, as soon as it and those before
-        it are finished; after Ctrl-C also for the others, whose finish_reason is "abort".
+        ``params`` and ``priority``: for all prompts, or one per prompt. Requests of a lower priority number
+        go before those of a higher one, and take their place where there is no other; first come, first
+        served among equals. Nobody waits for ever: when 16 later ones have been admitted before a request, it
+        is next. ``progress``: True for a line on standard error, or a function that is called with (finished
+        prompts, all prompts, new tokens) now and then, and at the end. ``on_output`` is called with (index,
+        output) for each prompt in order, as soon as it and those before it are finished; after Ctrl-C also
+        for the others, whose finish_reason is "abort". Both are called in the thread that calls ``generate``.
         Every prompt is checked before the first one runs: RequestError names the one at fault, by its index
         in a list, and nothing has run then. If one fails later (InternalError where the model yields NaN),
-        its error is raised and the others of the call end.
+        its error is raised and the others of the call end; they do so too if a callback raises.
         """
         many = not is_one(prompts)
         listed = as_list(prompts)
+        priorities = priorities_of_each(priority, len(listed))
+        each = zip(listed, params_of_each(params, len(listed)), priorities, strict=True)
         requests = []
-        for index, (prompt, one) in enumerate(zip(listed, params_of_each(params, len(listed)), strict=True)):
+        for index, (prompt, one, its_priority) in enumerate(each):
             try:
-                requests.append(self._request(prompt, one))
+                requests.append(self._request(prompt, one, its_priority))
             except (RequestError, TokenizerError) as error:
                 if not many:
                     raise
                 raise type(error)(f"prompt {index}: {error}") from error
         outputs: list[RequestOutput] = []
+        report = progress_line("prompts, {} new tokens") if progress is True else progress or None
+        ended = finished_in_order(self._thread, requests, report, lambda request: request.num_new_tokens)
         try:
-            report = _print_progress if progress is True else progress or None
-            with closing(self._run(requests, report)) as finished:
-                for request in finished:
+            with closing(ended):
+                for request in ended:
                     outputs.append(request.output())
                     if on_output is not None:
                         on_output(len(outputs) - 1, outputs[-1])
         except KeyboardInterrupt:
             if on_output is not None:
+                wait_for_end(self._thread, requests)
                 for index in range(len(outputs), len(requests)):
                     on_output(index, requests[index].output())
             raise
         return outputs
 
     def stream(
-        self, prompt: Prompt = None, params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Prompt = None,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> Generator[StreamDelta, None, None]:
         """Continue one prompt, a delta per new token as it comes; closing the generator ends the request.
 
-        ``request_id`` is for ``abort``, and free again once the request has ended. Raises RequestError at the
-        call, before anything runs. Other threads' requests go on while this one's deltas are waited for;
-        without such threads, it runs only as its deltas are asked for.
+        ``request_id`` is for ``abort``, and free again once the request has ended; ``priority`` as in
+        ``generate``. Raises RequestError at the call, before anything runs. Returns when the request is in
+        the engine's queue, which holds ``max_queue_size``; from there on it runs, whether its deltas are
+        asked for or not.
         """
-        if not is_one(prompt):
-            raise RequestError("stream continues one prompt; give a list of prompts to generate")
-        if request_id is not None and (
-            not isinstance(request_id, str) or request_id.startswith(_AUTOMATIC_ID)
-        ):
-            raise RequestError(
-                f'request_id={request_id!r}: must be a string that does not begin with "{_AUTOMATIC_ID}"'
-            )
-        (one,) = as_list(prompt)
-        deltas = self._deltas(self._request(one, params_of_each(params, 1)[0], request_id, stream=True))
-        next(deltas)  # queued: from here on, closing it ends the request
-        return cast("Generator[StreamDelta, None, None]", deltas)
+        found = deltas(self._thread, self._streamed(prompt, params, request_id, priority))
+        next(found, None)  # queued: from here on, closing it ends the request
+        return cast("Generator[StreamDelta, None, None]", found)
+
+    def astream(
+        self,
+        prompt: Prompt = None,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[StreamDelta, None]:
+        """``stream`` for coroutines: ``async for delta in llm.astream(...)``, in any asyncio event loop.
+
+        Raises RequestError at the call. The request is queued when the first delta is awaited. Closing the
+        generator (``aclose``), or cancelling the task that waits for it, ends the request.
+        """
+        return async_deltas(self._thread, self._streamed(prompt, params, request_id, priority))
 
     def abort(self, request_id: str) -> None:
-        """End a running request: what it has so far is its output ("abort"). Unknown ids are left alone."""
-        request = self._engine.requests.get(request_id)
+        """End a request before the next step: what it has is its output ("abort"). Others are left alone."""
+        self._thread.check_process()
+        request = self._thread.names.get(request_id)
         if request is not None:
-            self._engine.abort(request)
-            self._settle()
+            self._thread.abort(request)
 
     @overload
     def score(
@@ -193,6 +256,9 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
+        priority: int = 0,
+        progress: bool | Progress = False,
+        on_output: OnScore | None = None,
     ) -> ScoreOutput: ...
 
     @overload
@@ -204,6 +270,9 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
+        priority: int = 0,
+        progress: bool | Progress = False,
+        on_output: OnScore | None = None,
     ) -> list[ScoreOutput]: ...
 
     def score(
@@ -214,6 +283,9 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
+        priority: int = 0,
+        progress: bool | Progress = False,
+        on_output: OnScore | None = None,
     ) -> ScoreOutput | list[ScoreOutput]:
         """Log-probability of each token of a text, or of a continuation given a text; lists give lists.
 
@@ -222,10 +294,13 @@ class LLM:
         the changed ones are scored with the continuation. After an empty text it follows BOS.
         Texts longer than ``max_model_len`` are scored in windows of that many tokens, ``stride`` apart
         [half of it]: every token has at least ``max_model_len - stride`` tokens of context, or all there are.
-        ``top_logprobs``: also report that many best tokens at each place, 0 to 64.
+        ``top_logprobs``: also report that many best tokens at each place, 0 to 64. ``priority``, ``progress``
+        and ``on_output`` are as in ``generate``; the tokens of the progress are those scored.
         """
-        self._check_process()
-        outputs = self._score(score_targets(self._codec, text, continuation, add_bos), stride, top_logprobs)
+        self._thread.check_process()
+        targets = score_targets(self._codec, text, continuation, add_bos)
+        report = progress_line("texts, {} tokens") if progress is True else progress or None
+        outputs = self._score(targets, stride, top_logprobs, priority, report, on_output)
         return outputs[0] if is_one(text) else outputs
 
     def choose(
@@ -235,13 +310,15 @@ class LLM:
         *,
         length_normalization: str | None = None,
         add_bos: bool = False,
+        priority: int = 0,
     ) -> list[Choice]:
         """Rank continuations of a text, the likeliest first.
 
         ``probability`` is the softmax over the choices' log-probabilities; with ``length_normalization``
         "tokens" or "characters", over their means per token or character, by which they are then ranked.
+        What the choices have in common is computed once.
         """
-        self._check_process()
+        self._thread.check_process()
         if length_normalization not in LENGTH_NORMALIZATIONS:
             raise RequestError(
                 f'length_normalization={length_normalization!r}: must be None, "tokens" or "characters"'
@@ -249,145 +326,82 @@ class LLM:
         if isinstance(choices, str) or not choices:
             raise RequestError(f"choices={choices!r}: must be a list of one choice or more")
         targets = continuation_targets(self._codec, text, as_list(cast(Prompts, list(choices))), add_bos)
-        scores = self._score(targets, None, 0)
+        scores = self._score(targets, None, 0, priority)
         return rank_choices(scores, length_normalization)
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, stream: bool = False
-    ) -> Request:
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        request_id: str | None = None,
+        stream: bool = False,
+    ) -> Generation:
         """A request that is known to fit."""
-        self._check_process()
+        self._thread.check_process()
         ids = self._codec.encode_prompt(prompt)
         if params.truncate_prompt_tokens is not None:
             ids = ids[-params.truncate_prompt_tokens :]
         number = next(self._numbers)
         resolved = self._defaults.resolve(
-            params, prompt_tokens=len(ids), max_model_len=self.max_model_len, seed=self._seed_of(number)
+            params, prompt_tokens=len(ids), max_model_len=self.max_model_len, seed=self._derived_seed()
         )
-        request = Request(
+        request = Generation(
             f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
             number,
             prompt if isinstance(prompt, str) else None,
             ids,
             resolved,
             None if self._codec.tokenizer is None else self._codec,
-            stream,
+            priority=priority,
+            stream=stream,
         )
         self._engine.check(request)
         return request
 
-    def _seed_of(self, number: int) -> int:
+    def _streamed(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
+    ) -> Generation:
+        if not is_one(prompt):
+            raise RequestError("a stream continues one prompt; give a list of prompts to generate")
+        if request_id is not None and (
+            not isinstance(request_id, str) or request_id.startswith(_AUTOMATIC_ID)
+        ):
+            raise RequestError(
+                f'request_id={request_id!r}: must be a string that does not begin with "{_AUTOMATIC_ID}"'
+            )
+        (one,) = as_list(prompt)
+        (its_priority,) = priorities_of_each(priority, 1)
+        return self._request(one, params_of_each(params, 1)[0], its_priority, request_id, stream=True)
+
+    def _derived_seed(self) -> int:
         """The seed of a request that names none."""
+        number = next(self._seeds)
         if self._seed is None:
             return int.from_bytes(os.urandom(8), "little") >> 1
         return derived_seed(self._seed, number)
 
-    def _run(self, requests: list[Request], progress: Progress | None) -> Generator[Request, None, None]:
-        """Run requests together and yield each, in order, once it is finished."""
-        try:
-            with self._exclusive():
-                for request in requests:
-                    self._engine.add(request)
-            next_report = time.perf_counter() + _PROGRESS_INTERVAL
-            for request in requests:
-                while True:
-                    with self._exclusive():
-                        if request.finished:
-                            break
-                        self._engine.step()
-                    if progress is not None and time.perf_counter() >= next_report:
-                        _report(progress, requests)
-                        next_report = time.perf_counter() + _PROGRESS_INTERVAL
-                if request.error is not None:
-                    raise request.error
-                yield request
-            if progress is not None:
-                _report(progress, requests)
-        finally:
-            self._end(requests)
-
-    def _deltas(self, request: Request) -> Generator[StreamDelta | None, None, None]:
-        """None once the request is queued, then its deltas."""
-        outbox = request.outbox
-        assert outbox is not None
-        try:
-            with self._exclusive():
-                self._engine.add(request)
-            yield None
-            while True:
-                while outbox:
-                    yield outbox.popleft()
-                with self._exclusive():
-                    if not outbox:
-                        if request.finished:
-                            break
-                        self._engine.step()
-            if request.error is not None:
-                raise request.error
-        finally:
-            self._end([request])
-
-    def _end(self, requests: list[Request]) -> None:
-        """Abort what is not finished: the caller was interrupted, or wants no more."""
-        for request in requests:
-            if not request.finished:
-                self._engine.abort(request)
-        self._settle()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:
-            raise InternalError(
-                "this process was forked from the one that the LLM belongs to: make an LLM in each process, "
-                'or start processes with multiprocessing.set_start_method("spawn")'
-            )
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        self._check_process()
-        try:
-            with self._lock:
-                yield
-        finally:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Carry out aborts now if nobody is in a step; whoever is does it afterwards.
-
-        An abort never waits for the lock, because the garbage collector may close a forgotten stream in
-        the very thread that holds it.
-        """
-        while self._engine.has_aborts and self._lock.acquire(blocking=False):
-            try:
-                self._engine.process_aborts()
-            finally:
-                self._lock.release()
-
-    def _score(self, targets: list[Target], stride: int | None, top_n: int) -> list[ScoreOutput]:
+    def _score(
+        self,
+        targets: list[Target],
+        stride: int | None,
+        top_n: int,
+        priority: int,
+        progress: Progress | None = None,
+        on_output: OnScore | None = None,
+    ) -> list[ScoreOutput]:
         size = min(self.max_model_len, self.num_kv_blocks * BLOCK_TOKENS)
-        if stride is None:
-            stride = max(1, size // 2)
-        if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < size:
-            raise RequestError(f"stride={stride!r}: must be an integer from 1 to {size - 1}")
-        if isinstance(top_n, bool) or not isinstance(top_n, int) or not 0 <= top_n <= MAX_LOGPROBS:
-            raise RequestError(f"top_logprobs={top_n!r}: must be an integer from 0 to {MAX_LOGPROBS}")
-        top_n = min(top_n, self.config.vocab_size)
-        windows = [target.windows(size, stride) for target in targets]
-        with self._exclusive():
-            score_windows(self._engine, [window for group in windows for window in group], top_n)
-        return [
-            target.output(self._codec, group, top_n > 0)
-            for target, group in zip(targets, windows, strict=True)
-        ]
-
-
-def _report(progress: Progress, requests: list[Request]) -> None:
-    done = sum(request.finished for request in requests)
-    new = sum(
-        len(seq.token_ids) - len(request.prompt_ids) for request in requests for seq in request.sequences
-    )
-    progress(done, len(requests), new)
-
-
-def _print_progress(done: int, total: int, new_tokens: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{done}/{total} prompts, {new_tokens} new tokens", end=end, file=sys.stderr, flush=True)
+        stride = check_scoring(size, stride, top_n)
+        requests = []
+        best = min(top_n, self.config.vocab_size)
+        for target, its_priority in zip(targets, priorities_of_each(priority, len(targets)), strict=True):
+            number, windows = next(self._numbers), target.windows(size, stride)
+            requests.append(Scoring(f"{_AUTOMATIC_ID}{number}", number, windows, best, priority=its_priority))
+        outputs: list[ScoreOutput] = []
+        ended = finished_in_order(self._thread, requests, progress, lambda request: request.num_scored)
+        with closing(ended):
+            for request in ended:
+                outputs.append(targets[len(outputs)].output(self._codec, request.sequences, top_n > 0))
+                if on_output is not None:
+                    on_output(len(outputs) - 1, outputs[-1])
+        return outputs

@@ -84,7 +84,6 @@ def load(
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, enable_prefix_caching),
         batch=_C.Batch,
-        prefix_caching=enable_prefix_caching,
     )
     engine = Engine(
         core,

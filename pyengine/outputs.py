@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 __all__ = [
     "Choice",
     "CompletionOutput",
+    "EngineStats",
     "Logprob",
     "RequestMetrics",
     "RequestOutput",
@@ -49,7 +50,10 @@ class RequestMetrics:
     prompt_tokens: int = 0
     new_tokens: int = 0  # of all continuations
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
-    preemptions: int = 0
+    preemptions: int = 0  # times that one of its continuations lost its place and was computed again
+    arrival_time: float = 0.0  # seconds since the epoch
+    inter_token_latency: float | None = None  # mean from one new token of a continuation to the next
+    max_inter_token_latency: float | None = None
 
 
 @dataclass
@@ -79,6 +83,33 @@ class StreamDelta:
     finish_reason: str | None
     stop_reason: str | int | None
     output: RequestOutput | None = None  # the whole request, with its last delta only
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an ``LLM`` does now, and what it has done since it was made."""
+
+    running: int  # requests of which something has run and that are not finished
+    waiting: int  # requests of which nothing has run yet
+    kv_blocks: int  # blocks of 16 tokens
+    kv_blocks_used: int  # by running requests; the others may hold prefixes that are kept
+    prefix_hit_tokens: int  # found in the prefix cache instead of being computed
+    prefix_lookup_tokens: int  # looked for there
+    prompt_tokens: int  # computed, those of scored texts included
+    new_tokens: int
+    scored_tokens: int
+    prompt_tokens_per_second: float  # over the last ten seconds
+    new_tokens_per_second: float
+    steps: int
+    busy_time: float  # seconds in steps
+    preemptions: int
+    finished: int  # requests that ended by themselves
+    aborted: int
+    failed: int
+
+    @property
+    def prefix_hit_rate(self) -> float:
+        return self.prefix_hit_tokens / self.prefix_lookup_tokens if self.prefix_lookup_tokens else 0.0
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyengine.codec import Codec
+from pyengine.decoding.params import MAX_LOGPROBS
 from pyengine.engine.scoring import Window, window_spans
 from pyengine.errors import RequestError
 from pyengine.outputs import Choice, Logprob, ScoreOutput
@@ -31,9 +32,10 @@ class Target:
         """The first token that follows something."""
         return max(self.start, 1)
 
-    def windows(self, size: int, stride: int) -> list[Window]:
+    def windows(self, size: int, stride: int) -> list[tuple[array[int], int]]:
+        """Token ids of each window, and the first of them that is scored."""
         spans = window_spans(len(self.token_ids), self.first, size, stride)
-        return [Window(self.token_ids[begin:end], first - begin) for begin, end, first in spans]
+        return [(self.token_ids[begin:end], first - begin) for begin, end, first in spans]
 
     def output(self, codec: Codec, windows: Sequence[Window], with_top: bool) -> ScoreOutput:
         ids = self.token_ids[self.start :].tolist()
@@ -56,6 +58,17 @@ class Target:
             num_characters=self.num_characters,
             top_logprobs=top if with_top else None,
         )
+
+
+def check_scoring(size: int, stride: Any, top_n: Any) -> int:
+    """The stride of windows of ``size`` tokens. RequestError for a stride or a top_n that cannot be."""
+    if stride is None:
+        stride = max(1, size // 2)
+    if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride < size:
+        raise RequestError(f"stride={stride!r}: must be an integer from 1 to {size - 1}")
+    if isinstance(top_n, bool) or not isinstance(top_n, int) or not 0 <= top_n <= MAX_LOGPROBS:
+        raise RequestError(f"top_logprobs={top_n!r}: must be an integer from 0 to {MAX_LOGPROBS}")
+    return stride
 
 
 def score_targets(codec: Codec, text: Any, continuation: Any, add_bos: bool) -> list[Target]:

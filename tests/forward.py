@@ -60,6 +60,23 @@ class Runner:
                 done[i] = end
         return [np.concatenate(part) for part in parts]
 
+    def score(
+        self,
+        kv: _C.KVCache,
+        batch: _C.Batch,
+        rows: Sequence[int],
+        targets: Sequence[int],
+        top_n: int = 0,
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Log-probabilities (R,) of ``targets`` after ``rows``; ids and values (R, top_n) of the best tokens.
+        """
+        nobody = array("i", [-1] * batch.num_seqs)
+        rows, targets = array("i", rows), array("i", targets)
+        result = self.model.step(kv, _C.Sampler(1), batch, nobody, rows, targets, top_n)
+        ids = [[token for token, _ in best] for best in result.score_tops]
+        values = [[value for _, value in best] for best in result.score_tops]
+        return np.array(result.scores, np.float32), np.array(ids, np.int32), np.array(values, np.float32)
+
 
 def block_tables(lengths: Sequence[int], seed: int) -> list[list[int]]:
     """Physical blocks for sequences of these lengths: all different, in random order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +120,7 @@ def test_scores_equal_the_reference(directory: Path, prompts: list[list[int]]) -
     runner = Runner(directory)
     tables = [list(range(kv_blocks))]
     batch = make_batch([ids], tables, [(0, 0, len(ids))])
-    rows, targets = array("i", range(len(ids) - 1)), array("i", ids[1:])
-    scored, _, _ = runner.model.score(runner.kv_cache(kv_blocks), batch, rows, targets)
+    scored, _, _ = runner.score(runner.kv_cache(kv_blocks), batch, list(range(len(ids) - 1)), ids[1:])
     assert np.abs(scored - expected).max() < 1e-4
 
 

@@ -163,11 +163,13 @@ def test_requests_errors_are_python_classes() -> None:
     with pytest.raises(errors.RequestError, match="request_slot has 2 entries"):
         model.step(kv_cache(), _C.Sampler(2), prompt(1), int32(0, 1))
     with pytest.raises(errors.RequestError, match="top_n is 65"):
-        model.score(kv_cache(), prompt(1), int32(0), int32(0), 65)
-    with pytest.raises(errors.RequestError, match="1 rows, but 2 targets"):
-        model.score(kv_cache(), prompt(1), int32(0), int32(0, 1))
+        model.step(kv_cache(), _C.Sampler(1), prompt(1), int32(-1), int32(0), int32(0), 65)
+    with pytest.raises(errors.RequestError, match="1 score_rows, but 2 targets"):
+        model.step(kv_cache(), _C.Sampler(1), prompt(1), int32(-1), int32(0), int32(0, 1))
     with pytest.raises(errors.RequestError, match="target token -1"):
-        model.score(kv_cache(), prompt(1), int32(0), int32(-1))
+        model.step(kv_cache(), _C.Sampler(1), prompt(1), int32(-1), int32(0), int32(-1))
+    with pytest.raises(errors.RequestError, match="row 1 does not exist"):
+        model.step(kv_cache(), _C.Sampler(1), prompt(1), int32(-1), int32(1), int32(0))
     assert issubclass(errors.RequestError, errors.PyEngineError)
 
 
@@ -176,8 +178,12 @@ def test_scores_agree_with_logits() -> None:
     batch = prompt(*range(10))
     logits = model.forward(kv_cache(), batch).astype(np.float64)
     exact = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    logprobs, ids, top = model.score(kv_cache(), batch, int32(*range(9)), int32(*range(1, 10)), 3)
-    assert np.allclose(logprobs, exact[np.arange(9), np.arange(1, 10)], atol=2e-5)
+    result = model.step(
+        kv_cache(), _C.Sampler(1), batch, int32(-1), int32(*range(9)), int32(*range(1, 10)), 3
+    )
+    ids = [[token for token, _ in best] for best in result.score_tops]
+    top = [[value for _, value in best] for best in result.score_tops]
+    assert np.allclose(result.scores, exact[np.arange(9), np.arange(1, 10)], atol=2e-5)
     assert np.array_equal(ids, np.argsort(-exact[:9], kind="stable")[:, :3])
     assert np.allclose(top, -np.sort(-exact[:9])[:, :3], atol=2e-5)
 

@@ -17,7 +17,10 @@ import pytest
 import pyengine
 from pyengine import LLM, ConfigError, InternalError, RequestError, RequestOutput, SamplingParams
 
+from .waiting import blocks_in_use, wait_until, wait_until_idle
+
 PROMPT = "Once upon a time there was a little"
+LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
 GREEDY = SamplingParams(max_tokens=40, temperature=0, seed=0)  # outputs report the seed even so
 
 
@@ -32,17 +35,11 @@ def ids_only(checkpoint: Callable[[str], Path]) -> LLM:
     return LLM(checkpoint("gelu"), seed=1)
 
 
-def in_use(llm: LLM) -> int:
-    return llm._engine.core.manager.num_in_use  # type: ignore[attr-defined]
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(llm: LLM, ids_only: LLM) -> Any:
     yield
     for each in (llm, ids_only):
-        assert in_use(each) == 0
-        assert not each._engine.requests
-        each._engine.core.manager.check_invariants()  # type: ignore[attr-defined]
+        wait_until_idle(each)
 
 
 def test_import_is_light() -> None:
@@ -178,26 +175,30 @@ def test_stream_adds_up_to_generate(llm: LLM) -> None:
 
 
 def test_closing_a_stream_frees_its_blocks(llm: LLM) -> None:
-    stream = llm.stream(PROMPT, GREEDY)
+    stream = llm.stream(PROMPT, LONG)
     next(stream)
-    assert in_use(llm) > 0
+    assert blocks_in_use(llm) > 0
     stream.close()
-    assert in_use(llm) == 0
-    forgotten = llm.stream(PROMPT, GREEDY)
+    wait_until(lambda: blocks_in_use(llm) == 0)
+    forgotten = llm.stream(PROMPT, LONG)
     next(forgotten)
     del forgotten
     gc.collect()
-    assert in_use(llm) == 0
-    llm.stream(PROMPT, GREEDY)  # never begun: nothing to free
+    wait_until(lambda: blocks_in_use(llm) == 0)
+    llm.stream(PROMPT, LONG)  # never begun
+    gc.collect()
+    wait_until(lambda: not llm._engine.requests)
+    assert llm.stats().aborted >= 2
 
 
 def test_abort_ends_a_stream(llm: LLM) -> None:
     deltas = []
-    for delta in llm.stream(PROMPT, GREEDY, request_id="mine"):
+    for delta in llm.stream(PROMPT, LONG, request_id="mine"):
         deltas.append(delta)
         if len(deltas) == 3:
             llm.abort("mine")
-    assert len(deltas) == 4 and deltas[-1].finish_reason == "abort" and deltas[-1].request_id == "mine"
+    assert 4 <= len(deltas) < 400
+    assert deltas[-1].finish_reason == "abort" and deltas[-1].request_id == "mine"
     llm.abort("mine")
     llm.abort("nobody's")
 
@@ -233,39 +234,20 @@ def test_threads(llm: LLM) -> None:
     assert [results.get(number) for number in range(8)] == expected
 
 
-def test_an_interrupt_frees_everything_and_the_llm_goes_on(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = llm.generate(PROMPT, GREEDY)[0].outputs
-    engine = llm._engine
-    steps: list[None] = []
-
-    def interrupted() -> int:
-        steps.append(None)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return type(engine).step(engine)
-
-    monkeypatch.setattr(engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([PROMPT] * 3, GREEDY)
-    monkeypatch.undo()
-    assert in_use(llm) == 0
-    assert llm.generate(PROMPT, GREEDY)[0].outputs == expected
-
-
 def test_a_failing_step_fails_every_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = llm.stream(PROMPT, GREEDY)
+    stream = llm.stream(PROMPT, LONG)
     next(stream)
 
     def fail(*_: object) -> None:
         raise InternalError("as the test asked")
 
-    engine = llm._engine
-    monkeypatch.setattr(engine, "_run", fail)
-    with pytest.raises(InternalError, match="as the test asked"):
-        llm.generate(PROMPT, GREEDY)
-    monkeypatch.undo()
+    monkeypatch.setattr(llm._engine.scheduler, "schedule", fail)
+    with pytest.raises(InternalError, match="given up.*as the test asked"):
+        llm.generate(PROMPT, LONG)
     with pytest.raises(InternalError, match="given up.*as the test asked"):
         list(stream)
+    monkeypatch.undo()
+    assert llm.generate(PROMPT, GREEDY)[0].finished
 
 
 def test_progress(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pyengine import LLM, InternalError, RequestError, SamplingParams
 
+from .waiting import paused, wait_until_idle
+
 GREEDY = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
 
 
@@ -25,16 +27,22 @@ def llm(checkpoint: Callable[[str], Path]) -> LLM:
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(llm: LLM) -> Iterator[None]:
     yield
-    assert not llm._engine.requests
-    assert llm._engine.core.manager.num_in_use == 0  # type: ignore[attr-defined]
+    wait_until_idle(llm)
 
 
 def test_an_id_is_taken_from_the_call_to_the_end(llm: LLM) -> None:
     first = llm.stream([1], GREEDY, request_id="mine")
-    with pytest.raises(RequestError, match="request_id='mine' belongs to a request that is still running"):
-        llm.stream([2], GREEDY, request_id="mine")
     list(first)
     list(llm.stream([2], GREEDY, request_id="mine"))
+    held = llm.stream([1], GREEDY, request_id="mine")
+    with paused(llm):
+        begun = llm.stream([1], GREEDY, request_id="yours")
+        with pytest.raises(
+            RequestError, match="request_id='yours' belongs to a request that is still running"
+        ):
+            llm.stream([2], GREEDY, request_id="yours")
+    held.close()
+    begun.close()
     never_begun = llm.stream([3], GREEDY, request_id="mine")
     del never_begun
     llm.stream([4], GREEDY, request_id="mine").close()
@@ -53,18 +61,20 @@ def test_ids_given_do_not_meet_automatic_ones(llm: LLM) -> None:
     given = [llm.stream([2], GREEDY, request_id=str(number)) for number in range(20)]
     assert len(llm.generate([[3]] * 20, GREEDY)) == 20
     assert all(len(list(each)) == 20 for each in given)
-    automatic = llm.stream([1], GREEDY)
-    llm.abort(next(automatic).request_id)
+    with paused(llm):
+        automatic = llm.stream([1], GREEDY)
+        (name,) = llm._thread.names
+        llm.abort(name)
     assert list(automatic)[-1].finish_reason == "abort"
 
 
 def test_an_abort_is_of_the_request_that_has_the_id_then(llm: LLM) -> None:
     llm.abort("mine")  # nobody yet
-    first = llm.stream([1], GREEDY, request_id="mine")
-    next(first)
-    with llm._lock:  # as if another thread were inside a step
+    with paused(llm):
+        first = llm.stream([1], GREEDY, request_id="mine")
         llm.abort("mine")
         llm.abort("mine")
+        assert "mine" not in llm._thread.names, "it is free at once"
     second = llm.stream([1], GREEDY, request_id="mine")
     assert list(first)[-1].finish_reason == "abort"
     assert list(second)[-1].finish_reason == "length"
@@ -93,13 +103,13 @@ def test_nan_fails_the_request_that_meets_it_only(llm: LLM, no_position_30: LLM)
     *_, last = other
     assert last.output is not None and last.output.outputs == expected[0]
     assert [output.outputs for output in damaged.generate([[1] * 18, [2] * 18], short)] == expected[1:]
-    assert damaged._engine.core.manager.num_in_use == 0  # type: ignore[attr-defined]
+    wait_until_idle(damaged)
 
 
 def test_scoring_nan_is_an_error(llm: LLM, no_position_30: LLM) -> None:
     with pytest.raises(InternalError, match="NaN"):
         no_position_30.score([1] * 40, top_logprobs=2)
-    assert no_position_30._engine.core.manager.num_in_use == 0  # type: ignore[attr-defined]
+    wait_until_idle(no_position_30)
     assert no_position_30.score([1] * 30).logprobs == llm.score([1] * 30).logprobs
 
 
@@ -121,21 +131,25 @@ def test_in_a_forked_process_every_call_is_an_error(llm: LLM) -> None:
     calls: list[Callable[[], object]] = [
         lambda: llm.generate([1], GREEDY),
         lambda: llm.stream([1], GREEDY),
-        lambda: next(stream) and next(stream),
+        lambda: llm.astream([1], GREEDY),
+        lambda: llm.abort("auto-0"),
+        lambda: next(stream),
         lambda: llm.score([1, 2]),
         lambda: llm.choose([1], [[2], [3]]),
     ]
-    with llm._lock:  # as if another thread were inside a step, for ever in the child
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)
-            failed = 0
-            for call in calls:
-                try:
-                    call()
-                except InternalError as error:
-                    failed += "make an LLM in each process" in str(error)
-            os._exit(failed)
+    busy = llm.stream([1], SamplingParams(max_tokens=150, ignore_eos=True))  # inside a step, most likely
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        failed = 0
+        for call in calls:
+            try:
+                call()
+            except InternalError as error:
+                failed += "make an LLM in each process" in str(error)
+        llm.close()
+        os._exit(failed)
+    busy.close()
     _, status = os.waitpid(child, 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == len(calls)
     assert len(list(stream)) == 19

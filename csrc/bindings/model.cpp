@@ -71,18 +71,31 @@ class PyModel {
   const GPT2& model() const { return *model_; }
   const py::object& context() const { return ctx_object_; }
 
-  StepResult step(PyKVCache& kv, PySampler& sampler, const Batch& batch, py::handle request_slot) {
+  StepResult step(PyKVCache& kv, PySampler& sampler, const Batch& batch, py::handle request_slot,
+                  py::handle score_rows, py::handle targets, int32_t top_n) {
     Int32View slots(request_slot, "request_slot");
     if (slots.size() != batch.num_seqs()) {
       throw RequestError("request_slot has " + std::to_string(slots.size()) +
                          " entries, but the batch " + std::to_string(batch.num_seqs()) +
                          " sequences");
     }
+    std::optional<Int32View> row_view, target_view;
+    ScoredRows scored;
+    if (!score_rows.is_none()) {
+      row_view.emplace(score_rows, "score_rows");
+      target_view.emplace(targets, "targets");
+      if (row_view->size() != target_view->size()) {
+        throw RequestError("step: " + std::to_string(row_view->size()) + " score_rows, but " +
+                           std::to_string(target_view->size()) + " targets");
+      }
+      scored = {row_view->begin(), target_view->begin(), static_cast<int32_t>(row_view->size()),
+                top_n};
+    }
     StepResult result;
     py::gil_scoped_release release;
     std::scoped_lock lock(ctx_.mutex, kv.mutex, sampler.mutex);
     read_files([&] {
-      model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result);
+      model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result, scored);
     });
     return result;
   }
@@ -105,32 +118,6 @@ class PyModel {
           [&] { model_->forward(ctx_.context, kv.cache, batch, chosen.data(), num_rows, out); });
     }
     return logits;
-  }
-
-  py::tuple score(PyKVCache& kv, const Batch& batch, py::handle rows, py::handle targets,
-                  int32_t top_n) {
-    Int32View row_view(rows, "rows"), target_view(targets, "targets");
-    if (row_view.size() != target_view.size()) {
-      throw RequestError("score: " + std::to_string(row_view.size()) + " rows, but " +
-                         std::to_string(target_view.size()) + " targets");
-    }
-    const auto num_rows = static_cast<int32_t>(row_view.size());
-    const py::ssize_t columns = top_n > 0 ? top_n : 0;
-    py::array_t<float> logprobs(num_rows);
-    py::array_t<int32_t> top_ids({py::ssize_t{num_rows}, columns});
-    py::array_t<float> top_logprobs({py::ssize_t{num_rows}, columns});
-    float* out = logprobs.mutable_data();
-    int32_t* ids_out = top_ids.mutable_data();
-    float* top_out = top_logprobs.mutable_data();
-    {
-      py::gil_scoped_release release;
-      std::scoped_lock lock(ctx_.mutex, kv.mutex);
-      read_files([&] {
-        model_->score(ctx_.context, kv.cache, batch, row_view.begin(), num_rows,
-                      target_view.begin(), top_n, out, ids_out, top_out);
-      });
-    }
-    return py::make_tuple(logprobs, top_ids, top_logprobs);
   }
 
  private:
@@ -211,7 +198,9 @@ void bind_model(py::module_& m) {
   py::class_<StepResult>(m, "StepResult")
       .def_readonly("token_ids", &StepResult::token_ids)
       .def_readonly("logprobs", &StepResult::logprobs)
-      .def_readonly("top_logprobs", &StepResult::top_logprobs);
+      .def_readonly("top_logprobs", &StepResult::top_logprobs)
+      .def_readonly("scores", &StepResult::scores)
+      .def_readonly("score_tops", &StepResult::score_tops);
 
   py::class_<PySampler>(m, "Sampler")
       .def(py::init<int32_t>(), arg("num_slots"))
@@ -237,10 +226,9 @@ void bind_model(py::module_& m) {
                              [](const PyModel& self) { return name_of(self.model().dtype()); })
       .def_property_readonly("vocab_size",
                              [](const PyModel& self) { return self.model().config().vocab_size; })
-      .def("step", &PyModel::step, arg("kv"), arg("sampler"), arg("batch"), arg("request_slot"))
-      .def("forward", &PyModel::forward, arg("kv"), arg("batch"), arg("rows") = py::none())
-      .def("score", &PyModel::score, arg("kv"), arg("batch"), arg("rows"), arg("targets"),
-           arg("top_n") = 0);
+      .def("step", &PyModel::step, arg("kv"), arg("sampler"), arg("batch"), arg("request_slot"),
+           arg("score_rows") = py::none(), arg("targets") = py::none(), arg("top_n") = 0)
+      .def("forward", &PyModel::forward, arg("kv"), arg("batch"), arg("rows") = py::none());
 }
 
 }  // namespace pyengine::bindings

@@ -178,30 +178,67 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
 }
 
 void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
-                const int32_t* request_slot, StepResult& result) {
+                const int32_t* request_slot, StepResult& result, const ScoredRows& scored) {
   ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
-  sample_rows_.clear();
+  require_scored(batch, scored);
+  rows_.clear();
   sample_slots_.clear();
   sample_positions_.clear();
   for (int32_t b = 0; b < batch.num_seqs(); ++b) {
     if (request_slot[b] < 0) continue;
     sampler.require_slot(request_slot[b]);
-    sample_rows_.push_back(batch.last_row(b));
+    rows_.push_back(batch.last_row(b));
     sample_slots_.push_back(request_slot[b]);
     sample_positions_.push_back(batch.context_len(b));
   }
-  const auto num_rows = static_cast<int32_t>(sample_rows_.size());
-  const void* h = hidden_states(ctx, step, kv, batch, sample_rows_.data(), num_rows);
+  const auto num_sampled = static_cast<int32_t>(rows_.size());
+  rows_.insert(rows_.end(), scored.rows, scored.rows + scored.num_rows);
+  const auto num_rows = static_cast<int32_t>(rows_.size());
+  const void* h = hidden_states(ctx, step, kv, batch, rows_.data(), num_rows);
   float* logits = nullptr;
-  if (num_rows > 0) {
-    logits = logits_.f32(static_cast<int64_t>(num_rows) * config_.vocab_size);
-    step.enter(Part::head, dense_cost(head_, num_rows, size_of(dtype_), sizeof(float)));
-    ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
+  if (num_sampled > 0) {
+    logits = logits_.f32(static_cast<int64_t>(num_sampled) * config_.vocab_size);
+    step.enter(Part::head, dense_cost(head_, num_sampled, size_of(dtype_), sizeof(float)));
+    ops::linear(ctx, h, num_sampled, head_, nullptr, ops::Activation::none, logits, DType::f32);
   }
-  step.enter(Part::sampling, row_cost(num_rows, config_.vocab_size, sizeof(float), 0));
-  sampler.sample(ctx, logits, num_rows, config_.vocab_size, sample_slots_.data(),
+  step.enter(Part::sampling, row_cost(num_sampled, config_.vocab_size, sizeof(float), 0));
+  sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sample_slots_.data(),
                  sample_positions_.data(), result);
+  score(ctx, step,
+        static_cast<const std::byte*>(h) + num_sampled * config_.n_embd * size_of(dtype_), scored,
+        result);
+}
+
+void GPT2::score(ExecContext& ctx, ProfiledStep& step, const void* h, const ScoredRows& scored,
+                 StepResult& result) {
+  const int32_t n = scored.num_rows, top_n = scored.top_n;
+  result.scores.resize(n);
+  result.score_tops.assign(n, {});
+  if (n == 0) return;
+  step.enter(Part::score, dense_cost(head_, n, size_of(dtype_), 0));
+  top_ids_.resize(static_cast<size_t>(n) * top_n);
+  top_logprobs_.resize(top_ids_.size());
+  ops::score_rows(ctx, h, n, head_, scored.targets, top_n, result.scores.data(), top_ids_.data(),
+                  top_logprobs_.data());
+  for (int64_t i = 0; i < static_cast<int64_t>(top_ids_.size()); ++i) {
+    result.score_tops[i / top_n].emplace_back(top_ids_[i], top_logprobs_[i]);
+  }
+}
+
+void GPT2::require_scored(const Batch& batch, const ScoredRows& scored) const {
+  require_rows(batch, scored.rows, scored.num_rows);
+  for (int32_t r = 0; r < scored.num_rows; ++r) {
+    if (scored.targets[r] < 0 || scored.targets[r] >= config_.vocab_size) {
+      throw RequestError("target token " + number(scored.targets[r]) +
+                         " is outside the vocabulary of " + number(config_.vocab_size));
+    }
+  }
+  constexpr int32_t kMaxTopN = 64;  // ops::score_rows
+  if (scored.top_n < 0 || scored.top_n > kMaxTopN || scored.top_n > config_.vocab_size) {
+    throw RequestError("top_n is " + number(scored.top_n) + ", but must lie in 0 to " +
+                       number(std::min(kMaxTopN, config_.vocab_size)));
+  }
 }
 
 void GPT2::forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
@@ -213,36 +250,6 @@ void GPT2::forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int3
   if (num_rows == 0) return;
   step.enter(Part::head, dense_cost(head_, num_rows, size_of(dtype_), sizeof(float)));
   ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
-}
-
-void GPT2::score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
-                 int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
-                 int32_t* top_ids, float* top_logprobs) {
-  ProfiledStep step(ctx.profile);
-  require_fits(kv, batch);
-  require_rows(batch, rows, num_rows);
-  for (int32_t r = 0; r < num_rows; ++r) {
-    if (targets[r] < 0 || targets[r] >= config_.vocab_size) {
-      throw RequestError("target token " + number(targets[r]) + " is outside the vocabulary of " +
-                         number(config_.vocab_size));
-    }
-  }
-  constexpr int32_t kMaxTopN = 64;  // ops::score_rows
-  if (top_n < 0 || top_n > kMaxTopN || top_n > config_.vocab_size) {
-    throw RequestError("top_n is " + number(top_n) + ", but must lie in 0 to " +
-                       number(std::min(kMaxTopN, config_.vocab_size)));
-  }
-  const void* h = hidden_states(ctx, step, kv, batch, rows, num_rows);
-  if (num_rows == 0) return;
-  step.enter(Part::score, dense_cost(head_, num_rows, size_of(dtype_), 0));
-  ops::score_rows(ctx, h, num_rows, head_, targets, top_n, logprobs, top_ids, top_logprobs);
-  for (int32_t r = 0; r < num_rows; ++r) {
-    if (!std::isnan(logprobs[r])) continue;
-    throw InternalError("the logits of row " + number(rows[r]) + ", at position " +
-                        number(batch.view().positions[rows[r]]) +
-                        ", hold NaN or infinity: the weights are damaged, or too large for their "
-                        "dtype");
-  }
 }
 
 }  // namespace pyengine

@@ -39,6 +39,14 @@ struct TensorView {
   std::vector<int64_t> shape;
 };
 
+// Rows of a batch whose logits are not sampled from but asked for the probability of given tokens.
+struct ScoredRows {
+  const int32_t* rows = nullptr;     // (R,)
+  const int32_t* targets = nullptr;  // (R,) the token that is to follow each
+  int32_t num_rows = 0;
+  int32_t top_n = 0;  // also the best tokens of each row
+};
+
 class GPT2 {
  public:
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
@@ -52,20 +60,14 @@ class GPT2 {
   DType dtype() const { return dtype_; }
   size_t owned_bytes() const;  // of converted weights
 
-  // Runs the batch and samples the last token of each sequence with request_slot[b] >= 0, (B,).
-  // The random counter of a sample is its position, context_len[b].
+  // Runs the batch, samples the last token of each sequence with request_slot[b] >= 0, (B,), and
+  // scores the given rows. The random counter of a sample is its position, context_len[b].
   void step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
-            const int32_t* request_slot, StepResult& result);
+            const int32_t* request_slot, StepResult& result, const ScoredRows& scored = {});
 
   // Logits (R, V) of rows[0, R) of the batch.
   void forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
                int32_t num_rows, float* logits);
-
-  // Log-probabilities (R,) of `targets` after `rows`, and the top_n best tokens (R, top_n) with
-  // theirs. Throws InternalError naming the row and the position whose logits are not numbers.
-  void score(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
-             int32_t num_rows, const int32_t* targets, int32_t top_n, float* logprobs,
-             int32_t* top_ids, float* top_logprobs);
 
  private:
   struct Dense {
@@ -96,13 +98,17 @@ class GPT2 {
 
   void require_fits(const KVCache& kv, const Batch& batch);
   void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const;
+  void require_scored(const Batch& batch, const ScoredRows& scored) const;
 
   // Everything up to and including the final layer norm of the chosen rows: (R, C) of dtype_, or
-  // null if there are none. `rows` rise.
+  // null if there are none.
   const void* hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& kv, const Batch& batch,
                             const int32_t* rows, int32_t num_rows);
   void mlp(ExecContext& ctx, ProfiledStep& step, const Layer& layer, const void* attn_out,
            int64_t num_rows, float* x);
+  // h (R, C) of dtype_: the hidden states of the scored rows.
+  void score(ExecContext& ctx, ProfiledStep& step, const void* h, const ScoredRows& scored,
+             StepResult& result);
 
   GPT2Config config_;
   DType dtype_;
@@ -122,7 +128,9 @@ class GPT2 {
   Activations last_x_;     // (R, C) f32: chosen rows of the last layer
   Activations last_attn_;  // (R, C) act
   Activations logits_;     // (R, V) f32
-  std::vector<int32_t> sample_rows_, sample_slots_, sample_positions_;
+  std::vector<int32_t> rows_, sample_slots_, sample_positions_;
+  std::vector<int32_t> top_ids_;     // (R, top_n) of scored rows
+  std::vector<float> top_logprobs_;  // (R, top_n)
   std::vector<uint8_t> block_marks_;
 };
 

@@ -28,6 +28,10 @@ struct StepResult {
   std::vector<float> logprobs;     // (R,) NaN where none were asked for
   // (R, n of each) token id, log-probability; best first, equals by lower id
   std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
+
+  // Of the rows that were scored, not sampled (GPT2::step).
+  std::vector<float> scores;  // (R,) log-probability of the target; NaN: the logits are no numbers
+  std::vector<std::vector<std::pair<int32_t, float>>> score_tops;  // (R, top_n) as above
 };
 
 class Sampler {

@@ -210,12 +210,20 @@ TEST(steps_sample_the_last_tokens_of_those_that_ask) {
   CHECK_EQ(result.top_logprobs[0][0].first, result.token_ids[0]);
   CHECK_EQ(result.top_logprobs[0][0].second, result.logprobs[0]);
 
-  int32_t row = 28, top_id = -1;
-  float logprob = 0, top_logprob = 0;
-  model.score(c.ctx, kv, batch, &row, 1, result.token_ids.data(), 1, &logprob, &top_id,
-              &top_logprob);
-  CHECK_EQ(logprob, result.logprobs[0]);  // one reduction
-  CHECK_EQ(top_id, result.token_ids[0]);
+  // Sampled and scored rows of one batch, the same row among them: one reduction.
+  const std::vector<int32_t> rows{28, 3}, targets{result.token_ids[0], 7};
+  StepResult both;
+  model.step(c.ctx, kv, sampler, batch, slots.data(), both, {rows.data(), targets.data(), 2, 1});
+  CHECK(both.token_ids == result.token_ids);
+  CHECK_EQ(both.logprobs[0], result.logprobs[0]);
+  CHECK_EQ(both.scores[0], result.logprobs[0]);
+  CHECK_EQ(both.score_tops[0][0].first, result.token_ids[0]);
+  const std::vector<int32_t> nobody{-1, -1};
+  StepResult scored;
+  model.step(c.ctx, kv, sampler, batch, nobody.data(), scored,
+             {rows.data() + 1, targets.data() + 1, 1, 0});
+  CHECK(scored.token_ids.empty());
+  CHECK_EQ(scored.scores[0], both.scores[1]);
 
   slots = {-1, -1};
   model.step(c.ctx, kv, sampler, batch, slots.data(), result);
@@ -354,8 +362,8 @@ TEST(generated_and_scored_log_probabilities_are_the_same_bits) {
     KVCache kv(config.n_layer, layout_of(config, dtype), 8);
     Sampler sampler(1);
     std::vector<int32_t> rows, targets;
-    std::vector<float> logprobs(n), top(n * top_n), stepped, stepped_top;
-    std::vector<int32_t> top_ids(n * top_n), stepped_ids;
+    std::vector<float> stepped;
+    std::vector<std::vector<std::pair<int32_t, float>>> stepped_tops;
     const int32_t slot = 0;
     for (int i = 0; i < n; ++i) {
       SlotParams params;
@@ -369,22 +377,20 @@ TEST(generated_and_scored_log_probabilities_are_the_same_bits) {
       rows.push_back(i);
       targets.push_back(result.token_ids[0]);
       stepped.push_back(result.logprobs[0]);
-      for (auto [id, logprob] : result.top_logprobs[0]) {
-        stepped_ids.push_back(id);
-        stepped_top.push_back(logprob);
-      }
+      stepped_tops.push_back(result.top_logprobs[0]);
     }
     BatchBuilder all;
     all.add(tokens, 0, n, {0, 2, 3});
-    model.score(c.ctx, kv, all.build(), rows.data(), n, targets.data(), top_n, logprobs.data(),
-                top_ids.data(), top.data());
-    CHECK(same_bits(logprobs, stepped));
-    CHECK(same_bits(top, stepped_top));
-    CHECK(top_ids == stepped_ids);
+    StepResult result;
+    const int32_t nobody = -1;
+    model.step(c.ctx, kv, sampler, all.build(), &nobody, result,
+               {rows.data(), targets.data(), n, top_n});
+    CHECK(same_bits(result.scores, stepped));
+    CHECK(result.score_tops == stepped_tops);
   }
 }
 
-TEST(scores_of_numbers_that_are_none_name_the_row) {
+TEST(scores_of_numbers_that_are_none_are_nan) {
   const GPT2Config config = tiny();
   Checkpoint checkpoint(config);
   checkpoint.storage[1][2 * config.n_embd] = std::numeric_limits<float>::quiet_NaN();  // position 2
@@ -394,16 +400,15 @@ TEST(scores_of_numbers_that_are_none_name_the_row) {
   BatchBuilder builder;
   builder.add(random_tokens(1, 2, config.vocab_size), 0, 2, {0});
   builder.add(random_tokens(2, 3, config.vocab_size), 0, 3, {1});
-  const std::vector<int32_t> rows{0, 1, 2, 3, 4}, targets(5);
-  std::vector<float> logprobs(5), top(5);
-  std::vector<int32_t> ids(5);
-  auto score = [&](int32_t num_rows) {
-    model.score(c.ctx, kv, builder.build(), rows.data(), num_rows, targets.data(), 1,
-                logprobs.data(), ids.data(), top.data());
-  };
-  score(4);
-  CHECK(std::all_of(ids.begin(), ids.begin() + 4, [](int32_t id) { return id >= 0; }));
-  CHECK_THROWS(score(5), InternalError, "row 4, at position 2");
+  const std::vector<int32_t> rows{0, 1, 2, 3, 4}, targets(5), nobody{-1, -1};
+  Sampler sampler(1);
+  StepResult result;
+  model.step(c.ctx, kv, sampler, builder.build(), nobody.data(), result,
+             {rows.data(), targets.data(), 5, 1});
+  for (int row = 0; row < 5; ++row) {
+    CHECK_EQ(std::isnan(result.scores[row]), row == 4);
+    CHECK_EQ(result.score_tops[row][0].first >= 0, row != 4);
+  }
 }
 
 TEST(heads_are_at_most_256_channels) {

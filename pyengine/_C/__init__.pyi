@@ -1,7 +1,7 @@
 """The extension module: kernels, model, KV cache and sampler.
 
 Buffers are C-contiguous objects of the buffer protocol; "int32 buffer" takes ``array.array("i")`` and
-NumPy int32 arrays alike. Only ``forward``, ``score`` and ``ops`` need NumPy (they return arrays).
+NumPy int32 arrays alike. Only ``forward`` and ``ops`` need NumPy (they return arrays).
 bfloat16 and float16 arrays travel as ``uint16`` with the dtype named beside them.
 Errors are the classes of ``pyengine.errors``.
 """
@@ -173,6 +173,12 @@ class StepResult:
     @property
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         """The n best (token id, log-probability), best first, per sampled sequence."""
+    @property
+    def scores(self) -> list[float]:
+        """Log-probability of each target (R,); NaN where the logits hold NaN or +infinity."""
+    @property
+    def score_tops(self) -> list[list[tuple[int, float]]]:
+        """The top_n best (token id, log-probability) of each scored row, best first."""
 
 class Model:
     """GPT-2 weights and the forward pass over one ragged batch. Runs without the GIL; one step at a time."""
@@ -196,14 +202,21 @@ class Model:
     def dtype(self) -> str: ...
     @property
     def vocab_size(self) -> int: ...
-    def step(self, kv: KVCache, sampler: Sampler, batch: Batch, request_slot: _Int32Buffer) -> StepResult:
+    def step(
+        self,
+        kv: KVCache,
+        sampler: Sampler,
+        batch: Batch,
+        request_slot: _Int32Buffer,
+        score_rows: _Int32Buffer | None = None,
+        targets: _Int32Buffer | None = None,
+        top_n: int = 0,
+    ) -> StepResult:
         """Copy blocks, run the batch, sample the last token of each sequence whose request_slot
-        (B,) int32 is >= 0. The random counter of a sample is its position (context_len)."""
+        (B,) int32 is >= 0. The random counter of a sample is its position (context_len).
+
+        ``score_rows`` (R,) int32: rows of the batch to score, in any order; ``targets`` (R,): the token that
+        is to follow each; ``top_n`` (0 to 64, at most V): also the best tokens. Scores are, bit for bit, the
+        log-probabilities reported of sampled tokens."""
     def forward(self, kv: KVCache, batch: Batch, rows: _Int32Buffer | None = None) -> npt.NDArray[np.float32]:
         """Logits (R, V) of the chosen rows of the batch, or of all T. For tests and custom processors."""
-    def score(
-        self, kv: KVCache, batch: Batch, rows: _Int32Buffer, targets: _Int32Buffer, top_n: int = 0
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """Log-probability (R,) of ``targets`` after ``rows``; ids and log-probabilities (R, top_n) of the
-        top_n (0 to 64, at most V) best tokens; bit for bit what ``step`` reports for the same tokens.
-        ``InternalError`` names the row and the position whose logits hold NaN or infinity."""

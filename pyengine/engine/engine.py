@@ -1,21 +1,24 @@
-"""The step: schedule, build one ragged batch, run it, hand out its tokens.
+"""The step: schedule, build one ragged batch, run it, hand out what it yields.
 
-The engine knows no threads: whoever calls it makes sure that calls do not overlap. Only ``abort`` may be
-called at any time, from any thread; it takes effect between steps.
+The engine knows no threads: whoever calls it makes sure that calls do not overlap (thread.py).
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pyengine.engine.generation import Generation, Sample
+from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
-from pyengine.engine.scheduler import BLOCK_TOKENS, BlockManager, Scheduler, blocks_for
+from pyengine.engine.scheduler import BlockManager, Scheduler, blocks_for
+from pyengine.engine.scoring import Window
 from pyengine.errors import InternalError, PyEngineError, RequestError
+
+Scheduled = list[tuple[Sequence, int]]  # and how many of its next tokens run
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,10 @@ class Core:
     sampler: Any
     manager: BlockManager
     batch: Callable[..., Any]  # _C.Batch
-    prefix_caching: bool = True
 
 
 class Engine:
-    """Requests in, tokens out."""
+    """Requests in, tokens and log-probabilities out."""
 
     def __init__(
         self, core: Core, *, max_model_len: int, max_num_seqs: int = 64, max_num_batched_tokens: int = 2048
@@ -42,64 +44,60 @@ class Engine:
         self.scheduler = Scheduler(
             core.manager, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self.requests: dict[str, Request] = {}  # unfinished ones by id
-        self._aborts: deque[Request] = deque()
+        self.requests: dict[int, Request] = {}  # unfinished ones by number
+        self.ended: list[Request] = []  # since somebody last emptied it
+        self.num_waiting = 0  # requests of which nothing has run yet
+        self.counters = Counters()
         self._positions = array("i", range(max_model_len))
         self._padding = array("i", bytes(4 * blocks_for(max_model_len)))
 
     def check(self, request: Request) -> None:
         """Raise RequestError if the request could never finish, whatever else runs."""
-        # The last token is drawn, never fed back: it needs no keys and values.
-        needed = blocks_for(request.params.max_length - 1)
-        if needed > self.core.manager.num_blocks:
-            new = request.params.max_length - len(request.prompt_ids)
-            num_blocks = self.core.manager.num_blocks
-            raise RequestError(
-                f"the prompt's {len(request.prompt_ids)} tokens and up to {new} new ones need {needed} "
-                f"blocks of {BLOCK_TOKENS} tokens, and the whole KV cache has {num_blocks}: "
-                "lower max_tokens, or give the LLM a larger kv_cache_memory"
-            )
+        needed, num_blocks = blocks_for(request.length), self.core.manager.num_blocks
+        if needed > num_blocks:
+            raise RequestError(request.why_refused(num_blocks, needed))
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestError if it can never run or its id is taken."""
+        """Queue a request. Raises RequestError if it can never run."""
         self.check(request)
-        self.process_aborts()  # may free the id
-        if request.id in self.requests:
-            raise RequestError(f"request_id={request.id!r} belongs to a request that is still running")
-        self.requests[request.id] = request
+        self.requests[request.number] = request
+        self.num_waiting += 1
         for seq in request.sequences:
             self.scheduler.add(seq)
 
     def abort(self, request: Request) -> None:
-        """End a request before the next step; one that was not added or is finished is left alone."""
-        self._aborts.append(request)
-
-    @property
-    def has_aborts(self) -> bool:
-        return bool(self._aborts)
-
-    def process_aborts(self) -> None:
-        while self._aborts:
-            request = self._aborts.popleft()
-            if self.requests.get(request.id) is request:
-                self._give_up(request)
+        """End a request with what it has; one that was not added or is finished is left alone."""
+        if self.requests.get(request.number) is request:
+            self.give_up(request)
 
     def step(self) -> int:
         """Run one step for whoever is scheduled; the number of tokens that ran (0: nothing to do).
 
-        A request whose logits are not finite, or whose text cannot be made, is given up with an error of
-        its own, and the others go on. If the step as a whole fails, Ctrl-C included, every request is given
-        up with that error. Their blocks are free then, and the engine can be used again.
+        A request whose logits are not finite, or whose text cannot be made, is given up with an error of its
+        own, and the others go on. If the model cannot run the batch, each sequence of it runs alone, and
+        those that fail even so are given up. After any other failure every request is given up and the error
+        raised. Their blocks are free then, and the engine can be used again.
         """
+        begin = time.perf_counter()
         try:
-            self.process_aborts()
             scheduled = self.scheduler.schedule()
             if not scheduled:
                 if self.requests:
                     raise InternalError(f"{len(self.requests)} requests wait and none can run")
                 return 0
-            self._set_samplers(scheduled)
-            return self._run([(seq, count) for seq, count in scheduled if seq.finish_reason is None])
+            self._set_up(scheduled, begin)
+            copies = self.scheduler.block_copies
+            running = [entry for entry in scheduled if entry[0].slot >= 0]
+            if not running:
+                return 0
+            try:
+                ran = self._run(running, copies)
+            except Exception as error:
+                self._run_apart(running, copies, error)
+            else:
+                self._hand_out(running, *ran)
+            self.counters.count_step(begin, time.perf_counter())
+            return sum([count for _, count in running])
         except BaseException as error:
             self.give_up_all(error)
             raise
@@ -109,16 +107,17 @@ class Engine:
         for request in list(self.requests.values()):
             failure = InternalError(f"request {request.id} was given up, because a step failed: {error!r}")
             failure.__cause__ = error
-            self._give_up(request, failure)
+            self.give_up(request, failure)
 
-    def _run(self, scheduled: list[tuple[Sequence, int]]) -> int:
-        if not scheduled:
-            return 0
+    def _run(self, scheduled: Scheduled, copies: array[int]) -> tuple[Any, array[int], array[int]]:
+        """The model's result, and for each sequence its slot, if it draws a token, and its scored rows."""
         core = self.core
         tokens, positions = array("i"), array("i")
         query_start, context_len = array("i", (0,)), array("i")
         block_table, slots = array("i"), array("i")
-        max_blocks = max(len(seq.blocks) for seq, _ in scheduled)
+        score_rows, targets, num_scored = array("i"), array("i"), array("i")
+        top_n = 0
+        max_blocks = max([len(seq.blocks) for seq, _ in scheduled])
         for seq, count in scheduled:
             begin = seq.num_computed
             end = begin + count
@@ -128,91 +127,171 @@ class Engine:
             else:
                 tokens.extend(seq.token_ids[begin:end])
                 positions.extend(self._positions[begin:end])
+            if isinstance(seq, Window):
+                slots.append(-1)
+                num_scored.append(max(0, end - max(begin, seq.next_target - 1)))  # rows with a target
+                score_rows.extend(range(len(tokens) - num_scored[-1], len(tokens)))
+                targets.extend(seq.token_ids[end + 1 - num_scored[-1] : end + 1])
+                top_n = max(top_n, seq.request.top_n)
+            else:
+                slots.append(seq.slot if end == seq.num_inputs else -1)
+                num_scored.append(0)
             query_start.append(len(tokens))
             context_len.append(end)
             block_table.extend(seq.blocks)
             block_table.extend(self._padding[: max_blocks - len(seq.blocks)])
-            slots.append(seq.slot if end == len(seq.token_ids) else -1)
-        copies = self.scheduler.block_copies
         batch = core.batch(tokens, positions, query_start, context_len, block_table, copies or None)
-        result = core.model.step(core.kv, core.sampler, batch, slots)
+        if score_rows:
+            result = core.model.step(core.kv, core.sampler, batch, slots, score_rows, targets, top_n)
+        else:
+            result = core.model.step(core.kv, core.sampler, batch, slots)
+        return result, slots, num_scored
 
+    def _run_apart(self, scheduled: Scheduled, copies: array[int], error: Exception) -> None:
+        """Find out whose fault it was. What has been computed and copied already is so once more."""
+        for entry in scheduled:
+            seq = entry[0]
+            if seq.slot < 0:
+                continue  # it shares blocks with one that failed, or is of the same request
+            if len(scheduled) > 1:
+                try:
+                    ran = self._run([entry], copies)
+                except Exception as own_error:
+                    error = own_error
+                else:
+                    copies = array("i")
+                    self._hand_out([entry], *ran)
+                    continue
+            self.scheduler.abandon(seq)
+            self.give_up(seq.request, _named(seq.request, error))
+
+    def _hand_out(
+        self, scheduled: Scheduled, result: Any, slots: array[int], num_scored: array[int]
+    ) -> None:
         sampled = result.token_ids
         logprobs: list[float] | None = None
+        scores: list[float] | None = None
         now = time.perf_counter()
         row = -1
-        for (seq, count), slot in zip(scheduled, slots, strict=True):
-            row += slot >= 0
+        score_row = 0
+        counters = self.counters
+        for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
             request = seq.request
+            row += slot >= 0
+            if isinstance(seq, Window):
+                if scores is None:
+                    scores, score_tops = result.scores, result.score_tops
+                rows = slice(score_row, score_row + num_rows)
+                score_row += num_rows
+                if request.error is None:
+                    self._take_scores(seq, count, scores[rows], score_tops[rows])
+                continue
+            assert isinstance(seq, Sample)
             if request.error is not None:
                 continue  # given up just now, with another of its samples
+            is_prompt = seq.num_computed < seq.num_prompt
             seq.num_computed += count
+            if is_prompt:
+                counters.prompt_tokens += count
             if slot < 0:
                 continue
             token = sampled[row]
             if token < 0:
-                self._give_up(request, _not_finite(seq))
+                self.give_up(request, _not_finite(request, "logits", len(seq.token_ids) - 1))
                 continue
-            if seq.num_computed - count < len(request.prompt_ids):
-                self.scheduler.prompt_is_computed(seq)
-            if request.params.logprobs >= 0:
+            if is_prompt and seq.index == 0 and len(seq.token_ids) == seq.num_prompt:
+                if len(seq.request.sequences) > 1:
+                    self.scheduler.start_samples(seq.request)
+            if seq.request.params.logprobs >= 0:
                 if logprobs is None:
                     logprobs, top_logprobs = result.logprobs, result.top_logprobs
                 seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
-            if request.first_token is None:
-                request.first_token = now
+            counters.new_tokens += 1
             try:
-                seq.append(token)
+                seq.append(token, now)
                 if seq.finish_reason is not None:
                     self.scheduler.release(seq)
                     if request.finished:
-                        self._remove(request)
-                if request.outbox is not None:
+                        request.end = now
+                if seq.request.stream:
                     request.report(seq)
-            except Exception as error:  # its text cannot be made
-                self._give_up(request, _named(request, error))
-        return len(tokens)
+                if request.finished:
+                    self._remove(request)
+            except Exception as error:  # its text cannot be made, or nobody takes it
+                self.give_up(request, _named(request, error))
 
-    def _set_samplers(self, scheduled: list[tuple[Sequence, int]]) -> None:
+    def _take_scores(
+        self, window: Window, count: int, logprobs: list[float], tops: list[list[tuple[int, float]]]
+    ) -> None:
+        request = window.request
+        for offset, value in enumerate(logprobs):
+            if value != value:  # NaN
+                position = window.next_target + offset - 1
+                self.give_up(request, _not_finite(request, f"logits of window {window.index}", position))
+                return
+        window.num_computed += count
+        self.counters.prompt_tokens += count
+        self.counters.scored_tokens += len(logprobs)
+        window.logprobs.extend(logprobs)
+        if request.top_n:
+            window.top_logprobs.extend([top[: request.top_n] for top in tops])
+        if window.num_computed == window.num_inputs:
+            window.finish("length")
+            self.scheduler.release(window)
+            if request.finished:
+                self._remove(request)
+
+    def _set_up(self, scheduled: Scheduled, now: float) -> None:
         """Hand the parameters of newcomers to the sampler; a request whose parameters it refuses ends."""
         for seq, _ in scheduled:
-            if seq.sampler_is_set or seq.finish_reason is not None:
+            if seq.is_set_up or seq.slot < 0:
                 continue
-            request, params = seq.request, seq.request.params
-            try:
-                self.core.sampler.set(
-                    seq.slot,
-                    temperature=params.temperature,
-                    top_k=params.top_k,
-                    top_p=params.top_p,
-                    seed=params.seed,
-                    sample_index=seq.index,
-                    logprobs=params.logprobs,
-                )
-            except Exception as error:
-                self._give_up(request, _named(request, error))
-                continue
-            seq.sampler_is_set = True
+            request = seq.request
+            if isinstance(request, Generation):
+                params = request.params
+                try:
+                    self.core.sampler.set(
+                        seq.slot,
+                        temperature=params.temperature,
+                        top_k=params.top_k,
+                        top_p=params.top_p,
+                        seed=params.seed,
+                        sample_index=seq.index,
+                        logprobs=params.logprobs,
+                    )
+                except Exception as error:
+                    self.scheduler.abandon(seq)
+                    self.give_up(request, _named(request, error))
+                    continue
+            seq.is_set_up = True
             if request.first_step is None:
-                request.first_step = time.perf_counter()
+                request.first_step = now
+                self.num_waiting -= 1
 
     def _remove(self, request: Request) -> None:
-        request.end = time.perf_counter()
-        self.requests.pop(request.id, None)
+        if request.end is None:
+            request.end = time.perf_counter()
+        if request.first_step is None:
+            self.num_waiting -= 1
+        del self.requests[request.number]
+        self.ended.append(request)
+        self.counters.count_request(request)
 
-    def _give_up(self, request: Request, error: Exception | None = None) -> None:
+    def give_up(self, request: Request, error: Exception | None = None) -> None:
         """End a request as it is. Blocks and books come first: making its text may fail, too."""
         request.error = error
+        request.end = time.perf_counter()
+        unfinished = [seq for seq in request.sequences if seq.finish_reason is None]
         for seq in request.sequences:
             self.scheduler.release(seq)
-        self._remove(request)
-        for seq in request.sequences:
-            if seq.finish_reason is None:
-                try:
-                    seq.finish("abort")
-                    request.report(seq)
-                except Exception as failure:
-                    request.error = request.error or _named(request, failure)
+        for seq in unfinished:
+            try:
+                seq.finish("abort")
+                request.report(seq)
+            except Exception as failure:
+                request.error = request.error or _named(request, failure)
+        if self.requests.get(request.number) is request:
+            self._remove(request)
 
 
 def _named(request: Request, error: Exception) -> PyEngineError:
@@ -223,8 +302,8 @@ def _named(request: Request, error: Exception) -> PyEngineError:
     return named
 
 
-def _not_finite(seq: Sequence) -> InternalError:
+def _not_finite(request: Request, what: str, position: int) -> InternalError:
     return InternalError(
-        f"request {seq.request.id}: the logits after its token {len(seq.token_ids) - 1} are NaN or infinite: "
+        f"request {request.id}: the {what} after its token {position} are NaN or infinite: "
         "the weights are damaged, or too large for their dtype (pyengine-cli inspect --check reads them all)"
     )

@@ -1,23 +1,34 @@
 """Which tokens run in the next step.
 
-First come, first served, over one pool of KV blocks. A step first takes the tokens of the sequences that
-run (one each where they generate, a chunk of the prompt where they do not), oldest first, then admits from
-the queue while tokens, slots and blocks last. A sequence is admitted when there are blocks for all of its
-tokens, so that only growth can run out of blocks; then the youngest sequence loses its blocks and goes
-back to its place in the queue, to be computed again (preemption by recomputation). The oldest is never
-preempted for another, and one alone always fits, so every sequence finishes.
+Sequences have one order: by priority, the lower the earlier, and first come first served within one. A step
+takes, in that order, the next tokens of the sequences that run (one each where they generate, a chunk where
+they do not) and admits sequences that wait, while tokens, slots and blocks last.
+
+- A sequence is admitted when there are blocks for all of its tokens, so that only growth can run out of
+  blocks. Then the last sequence that runs loses its blocks and goes back to its place in the queue, to be
+  computed again (preemption by recomputation). The first is never preempted for another, and one alone always
+  fits.
+- A sequence that waits may also take the place of later ones that run with a lower priority.
+- Of those that wait, the one that came first moves to the front of all when ``MAX_OVERTAKING`` later ones
+  have been admitted before it. So every request finishes, whatever priorities keep coming.
+- The blocks of a prompt enter the prefix index as soon as they are scheduled: within a step, keys and values
+  are written before they are read, so that requests of one step share a prefix that is new to all of them.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import insort
 from collections import abc
 from typing import Protocol
 
-from pyengine.engine.request import Sequence
+from pyengine.engine.generation import Generation
+from pyengine.engine.request import Key, Request, Sequence
 
 BLOCK_TOKENS = 16  # csrc/kv/layout.h
+MAX_OVERTAKING = 16  # admissions: what comes first waits for 16 others at most, and 1 in 17 goes by age
+_FRONT = -math.inf  # in a key: before all priorities
 
 
 class BlockManager(Protocol):
@@ -33,13 +44,14 @@ class BlockManager(Protocol):
     def free(self, blocks: abc.Sequence[int], /) -> None: ...
     def make_writable(self, block: int, /) -> int: ...
     def publish(self, token_ids: array[int], blocks: abc.Sequence[int], /) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
 
 
 def blocks_for(tokens: int) -> int:
     return (tokens + BLOCK_TOKENS - 1) // BLOCK_TOKENS
 
 
-def _age(seq: Sequence) -> tuple[int, int]:
+def _key(seq: Sequence) -> Key:
     return seq.key
 
 
@@ -49,54 +61,63 @@ class Scheduler:
     def __init__(self, manager: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.manager = manager
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: list[Sequence] = []  # both lists by age, oldest first
+        self.waiting: list[Sequence] = []  # both lists in order
         self.running: list[Sequence] = []
         self.block_copies = array("i")  # of the step just scheduled: source, destination, source, ...
+        self.preemptions = 0
+        self.hit_tokens = self.looked_up_tokens = 0  # of the prefix cache
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._by_arrival: list[Request] = []  # those that wait, and perhaps some that no longer do
+        self._overtaking = 0  # admissions since the first of them became the first
 
     def add(self, seq: Sequence) -> None:
-        insort(self.waiting, seq, key=_age)
+        insort(self.waiting, seq, key=_key)
+        if not self._by_arrival or self._by_arrival[-1] is not seq.request:
+            insort(self._by_arrival, seq.request, key=lambda request: request.number)
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Sequences of the next step, and how many of its next tokens each runs."""
         self.block_copies = array("i")
         budget = self.max_num_batched_tokens
-        scheduled: list[tuple[Sequence, int]] = []
-        num_waiting = len(self.waiting)
+        scheduled: list[tuple[Sequence, int]] = []  # running[:position]
         position = 0
-        while budget and position < len(self.running):
-            seq = self.running[position]
-            count = min(len(seq.token_ids) - seq.num_computed, budget)
-            if not self._reserve(seq, seq.num_computed + count):
-                continue  # it lost its place; the next one, if any, moved up
+        admitting = True
+        admitted: Sequence | None = None
+        while budget:
+            seq = self.running[position] if position < len(self.running) else None
+            if admitting:
+                next_one = next((one for one in self.waiting if not one.waits), None)
+                if next_one is not None and (seq is None or next_one.key < seq.key):
+                    admitting = self._admit(next_one, position)
+                    admitted = next_one
+                    continue
+                admitting = next_one is not None
+            if seq is None:
+                break
+            if seq.num_inputs - seq.num_computed > BLOCK_TOKENS and seq is not admitted:
+                self._match(seq)  # others may have computed what it is about to
+            count = min(seq.num_inputs - seq.num_computed, budget)
+            end = seq.num_computed + count
+            if seq.shares_tail or end > len(seq.blocks) * BLOCK_TOKENS:
+                num_running = len(self.running)
+                kept = self._reserve(seq, end)
+                if len(self.running) < num_running:
+                    admitting = not scheduled  # blocks ran out: admit nobody, unless nothing else could run
+                if not kept:
+                    continue
+            if seq.num_computed < seq.num_prompt:
+                self._publish(seq, min(end, seq.num_prompt))
             scheduled.append((seq, count))
             budget -= count
             position += 1
-        if scheduled and len(self.waiting) > num_waiting:
-            return scheduled  # blocks ran out: admit nobody
-        position = 0
-        while budget and self._free_slots and position < len(self.waiting):
-            seq = self.waiting[position]
-            if self._waits_for_prompt(seq):
-                position += 1
-                continue
-            if not self._admit(seq):
-                break
-            del self.waiting[position]
-            count = min(len(seq.token_ids) - seq.num_computed, budget)
-            scheduled.append((seq, count))
-            budget -= count
         return scheduled
 
-    def prompt_is_computed(self, seq: Sequence) -> None:
-        """Let others share the prompt: by prefix, and the other samples of the request by its very blocks."""
-        self.publish(seq)
-        num_prompt = len(seq.request.prompt_ids)
-        if seq.index > 0 or len(seq.token_ids) > num_prompt:
-            return
+    def start_samples(self, request: Generation) -> None:
+        """The first sample has computed the prompt: let the others share its very blocks."""
+        first, num_prompt = request.sequences[0], len(request.prompt_ids)
         # The last prompt token runs again in each sample, to draw its own first token from its row.
-        shared = seq.blocks[: blocks_for(num_prompt - 1)]
-        for sample in seq.request.sequences[1:]:
+        shared = first.blocks[: blocks_for(num_prompt - 1)]
+        for sample in request.sequences[1:]:
             if not self._free_slots:
                 break  # the others are admitted later, like everyone else
             if sample.finish_reason is not None or sample.slot >= 0:
@@ -105,13 +126,8 @@ class Scheduler:
             self.manager.fork(shared.tolist())
             sample.blocks = shared[:]
             sample.num_computed = num_prompt - 1
-            sample.shares_tail = seq.shares_tail = True
+            sample.shares_tail = first.shares_tail = True
             self._start(sample)
-
-    def publish(self, seq: Sequence) -> None:
-        full = seq.num_computed // BLOCK_TOKENS
-        if full:
-            self.manager.publish(seq.token_ids[: full * BLOCK_TOKENS], seq.blocks[:full].tolist())
 
     def release(self, seq: Sequence) -> None:
         """Take a finished or aborted sequence out."""
@@ -120,29 +136,33 @@ class Scheduler:
         elif seq in self.waiting:
             self.waiting.remove(seq)
 
+    def abandon(self, seq: Sequence) -> None:
+        """What was scheduled of ``seq`` has not been computed: whoever has matched it must begin again."""
+        promised = set(seq.blocks[seq.num_computed // BLOCK_TOKENS :])
+        self.manager.reset_prefix_cache()
+        for other in list(self.running):
+            if other is not seq and not promised.isdisjoint(other.blocks):
+                other.num_computed = 0
+                self._preempt(other)
+
     def clear(self) -> None:
-        """After a failed step: whatever it left half done is not to run again."""
+        """After a failed step: whatever it left half done is not to run again, nor to be found."""
         for seq in list(self.running):
+            seq.num_computed = 0
             self._stop(seq)
         self.waiting.clear()
-
-    def make_room(self, count: int) -> bool:
-        """Preempt the youngest until ``count`` blocks are available; whether they are."""
-        while self.manager.num_available < count and self.running:
-            self._preempt(self.running[-1])
-        return self.manager.num_available >= count
+        self._by_arrival.clear()
+        self.manager.reset_prefix_cache()
 
     def _reserve(self, seq: Sequence, length: int) -> bool:
         """Blocks for the first ``length`` tokens, the next of them writable; False: preempted itself."""
-        missing = blocks_for(length) - len(seq.blocks)
+        missing = max(0, blocks_for(length) - len(seq.blocks))
         tail = seq.num_computed // BLOCK_TOKENS
         copy = seq.shares_tail and tail < len(seq.blocks)
-        if missing <= 0 and not copy:
-            return True
-        while self.manager.num_available < max(missing, 0) + copy:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is seq:
+        while self.manager.num_available < missing + copy:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is seq:
                 return False
         if missing > 0:
             seq.blocks.extend(self.manager.allocate(missing))
@@ -159,41 +179,76 @@ class Scheduler:
                 self.block_copies.extend((source, block))
         return True
 
-    def _admit(self, seq: Sequence) -> bool:
-        blocks = self.manager.match(seq.token_ids)
-        missing = blocks_for(len(seq.token_ids)) - len(blocks)
-        # One block of growth for everyone who runs, or the newcomer would soon be preempted again.
-        if missing + len(self.running) > self.manager.num_available:
-            if self.running or missing > self.manager.num_available:
-                self.manager.free(blocks)
-                return False
-        seq.num_computed = len(blocks) * BLOCK_TOKENS
-        seq.blocks = array("i", blocks)
+    def _admit(self, seq: Sequence, position: int) -> bool:
+        """Let a sequence run that waits; running[:position] are scheduled already."""
+        later = [one for one in self.running[position:] if one.request.priority > seq.request.priority]
+        if not self._free_slots and not later:
+            return False
+        self._match(seq)
+        missing = blocks_for(seq.num_inputs) - len(seq.blocks)
+        room = self.manager.num_available + sum(len(one.blocks) for one in later)
+        while missing <= room and later and not self._fits(missing):
+            self._preempt(later.pop())
+        if not self._fits(missing):
+            self.manager.free(seq.blocks.tolist())
+            seq.blocks, seq.num_computed = array("i"), 0
+            return False
         seq.blocks.extend(self.manager.allocate(missing))
+        self.looked_up_tokens += seq.num_inputs
+        self.hit_tokens += seq.num_computed
         if seq.request.cached_tokens is None:
             seq.request.cached_tokens = seq.num_computed
+        self.waiting.remove(seq)
         self._start(seq)
+        self._count_overtaking(seq)
         return True
 
-    def _waits_for_prompt(self, seq: Sequence) -> bool:
-        """The samples of a request wait until the first of them has computed the prompt."""
-        first = seq.request.sequences[0]
-        return (
-            seq is not first
-            and first.finish_reason is None
-            and first.num_computed < len(seq.request.prompt_ids)
-        )
+    def _fits(self, missing: int) -> bool:
+        # One block of growth for everyone who runs, or the newcomer would soon be preempted again.
+        growth = len(self.running)
+        return bool(self._free_slots) and missing + growth <= self.manager.num_available
+
+    def _match(self, seq: Sequence) -> None:
+        """Use the blocks of the prefix index as far as they reach beyond what the sequence has computed."""
+        found = self.manager.match(seq.matchable())
+        own = seq.num_computed // BLOCK_TOKENS
+        if len(found) <= own:
+            self.manager.free(found)
+            return
+        self.manager.free(found[:own] + seq.blocks[own : len(found)].tolist())
+        seq.blocks[own : len(found)] = array("i", found[own:])
+        seq.num_computed = len(found) * BLOCK_TOKENS
+
+    def _publish(self, seq: Sequence, length: int) -> None:
+        full = length // BLOCK_TOKENS
+        if full > 0:
+            self.manager.publish(seq.token_ids[: full * BLOCK_TOKENS], seq.blocks[:full].tolist())
+
+    def _count_overtaking(self, admitted: Sequence) -> None:
+        """After ``MAX_OVERTAKING`` admissions of later ones, the first that waits goes to the front."""
+        by_arrival = self._by_arrival
+        while by_arrival and all(seq.slot >= 0 or seq.finish_reason for seq in by_arrival[0].sequences):
+            by_arrival.pop(0)
+            self._overtaking = 0
+        if not by_arrival or admitted.request.number <= by_arrival[0].number:
+            return
+        self._overtaking += 1
+        if self._overtaking == MAX_OVERTAKING:
+            for seq in by_arrival[0].sequences:
+                if seq.slot < 0:
+                    seq.key = (_FRONT, *seq.key[1:])
+            self.waiting.sort(key=_key)
 
     def _start(self, seq: Sequence) -> None:
         seq.slot = self._free_slots.pop()
-        seq.sampler_is_set = False
-        insort(self.running, seq, key=_age)
+        seq.is_set_up = False
+        insort(self.running, seq, key=_key)
 
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self._free_slots.append(seq.slot)
         seq.slot = -1
-        self.publish(seq)
+        self._publish(seq, seq.num_computed)
         self.manager.free(seq.blocks.tolist())
         seq.blocks = array("i")
         seq.num_computed = 0
@@ -201,5 +256,6 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         self._stop(seq)
+        self.preemptions += 1
         seq.request.preemptions += 1
         self.add(seq)

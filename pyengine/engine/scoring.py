@@ -1,44 +1,67 @@
-"""Log-probabilities of given tokens: windows of text through ragged batches, without sampling.
-
-Windows that begin alike share the keys and values of their beginning through the prefix index: those whose
-context is being computed by another window of the batch wait for the next one.
-"""
+"""Requests that find the log-probabilities of given tokens: windows of a text, run like any sequence."""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import abc
 
-from pyengine.engine.engine import Engine
-from pyengine.engine.scheduler import BLOCK_TOKENS, blocks_for
-from pyengine.errors import OutOfMemory
+from pyengine.engine.request import Mailbox, Request, Sequence
 
 
-@dataclass
-class Window:
-    """Tokens, of which those from ``first`` on (1 or more) are scored, each given all before it."""
+class Window(Sequence):
+    """Tokens, of which those from ``first`` on (1 or more) are scored, each given all before it.
 
-    token_ids: array[int]
-    first: int
-    logprobs: list[float] = field(default_factory=list)  # of token_ids[first:]
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)  # best first
-    blocks: list[int] = field(default_factory=list)
-    num_computed: int = 0
+    The last token is only a target: it does not run.
+    """
 
-    @property
-    def num_inputs(self) -> int:
-        """Tokens that run; the last one is only a target."""
-        return len(self.token_ids) - 1
+    __slots__ = ("first", "logprobs", "top_logprobs")
+    request: Scoring
+
+    def __init__(self, request: Scoring, index: int, token_ids: array[int], first: int) -> None:
+        super().__init__(request, index, token_ids, len(token_ids) - 1)
+        self.first = first
+        self.logprobs: list[float] = []  # of token_ids[first:], as far as they are known
+        self.top_logprobs: list[list[tuple[int, float]]] = []  # best first
 
     @property
-    def num_shared(self) -> int:
-        """Tokens in full blocks that another window may have computed: up to the row of the first target."""
-        return (self.first - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+    def next_target(self) -> int:
+        """What is scored stays scored when the window loses its blocks."""
+        return self.first + len(self.logprobs)
+
+    def matchable(self) -> array[int]:
+        return self.token_ids[: self.next_target]  # the row before the next target has to run
+
+
+class Scoring(Request):
+    """One text, in one window or several. ``top_n``: also the best tokens at each place, 0 to 64."""
+
+    sequences: list[Window]
+
+    def __init__(
+        self,
+        request_id: str,
+        number: int,
+        windows: abc.Sequence[tuple[array[int], int]],  # token ids, the first that is scored
+        top_n: int = 0,
+        *,
+        priority: int = 0,
+        mailbox: Mailbox | None = None,
+    ) -> None:
+        super().__init__(request_id, number, priority, mailbox)
+        self.top_n = top_n
+        self.sequences = [Window(self, index, ids, first) for index, (ids, first) in enumerate(windows)]
+        self.num_unfinished = len(self.sequences)
+        self.ended = not self.sequences  # there is nothing to score
 
     @property
-    def context(self) -> bytes:
-        return self.token_ids[: self.num_shared].tobytes()
+    def num_scored(self) -> int:
+        return sum(len(window.logprobs) for window in self.sequences)
+
+    def why_refused(self, num_blocks: int, needed: int) -> str:
+        return (
+            f"scoring {self.length + 1} tokens at once needs {needed} blocks of 16 tokens, "
+            f"and the whole KV cache has {num_blocks}: give the LLM a larger kv_cache_memory"
+        )
 
 
 def window_spans(num_tokens: int, first: int, size: int, stride: int) -> list[tuple[int, int, int]]:
@@ -57,95 +80,3 @@ def window_spans(num_tokens: int, first: int, size: int, stride: int) -> list[tu
         spans.append((begin, end, scored))
         scored = end
     return spans
-
-
-def score_windows(engine: Engine, windows: Sequence[Window], top_n: int = 0) -> None:
-    """Fill in ``logprobs`` and ``top_logprobs``; requests are preempted where their blocks are needed."""
-    pending = [window for window in windows if window.first < len(window.token_ids)]
-    active: list[Window] = []
-    try:
-        while pending or active:
-            _admit(engine, pending, active)
-            _score_batch(engine, active, top_n)
-            for window in list(active):
-                full = window.num_computed // BLOCK_TOKENS
-                engine.core.manager.publish(window.token_ids[: full * BLOCK_TOKENS], window.blocks[:full])
-                if window.num_computed == window.num_inputs:
-                    active.remove(window)
-                    _release(engine, window)
-    finally:
-        for window in active:
-            _release(engine, window)
-
-
-def _release(engine: Engine, window: Window) -> None:
-    blocks, window.blocks = window.blocks, []
-    engine.core.manager.free(blocks)
-
-
-def _admit(engine: Engine, pending: list[Window], active: list[Window]) -> None:
-    """Move windows from ``pending`` to ``active`` while there are blocks and one batch can hold them."""
-    manager = engine.core.manager
-    being_computed = {window.context for window in active if window.num_computed < window.num_shared}
-    num_tokens = sum(window.num_inputs - window.num_computed for window in active)
-    position = 0
-    while position < len(pending) and num_tokens < engine.max_num_batched_tokens:
-        window = pending[position]
-        context = window.context
-        if engine.core.prefix_caching and context in being_computed:
-            position += 1
-            continue
-        window.blocks = manager.match(window.token_ids[: window.first])
-        missing = blocks_for(window.num_inputs) - len(window.blocks)
-        if missing > manager.num_available and (active or not engine.scheduler.make_room(missing)):
-            _release(engine, window)
-            if not active:
-                raise OutOfMemory(
-                    f"scoring {len(window.token_ids)} tokens needs {missing} blocks of {BLOCK_TOKENS} "
-                    f"tokens, and {manager.num_available} are available: give the LLM more kv_cache_memory"
-                )
-            return
-        window.num_computed = len(window.blocks) * BLOCK_TOKENS
-        window.blocks.extend(manager.allocate(missing))
-        active.append(pending.pop(position))
-        num_tokens += window.num_inputs - window.num_computed
-        if window.num_computed < window.num_shared:
-            being_computed.add(context)
-
-
-def _score_batch(engine: Engine, active: list[Window], top_n: int) -> None:
-    budget = engine.max_num_batched_tokens
-    tokens, positions = array("i"), array("i")
-    query_start, context_len, block_table = array("i", (0,)), array("i"), array("i")
-    rows, targets = array("i"), array("i")
-    max_blocks = max(len(window.blocks) for window in active)
-    ran: list[tuple[Window, int, int]] = []  # window, its new num_computed, its rows
-    for window in active:
-        begin = window.num_computed
-        end = min(window.num_inputs, begin + budget)
-        if end == begin:
-            break
-        scored = max(begin, window.first - 1)  # the first row with a target
-        rows.extend(range(len(tokens) + scored - begin, len(tokens) + end - begin))
-        targets.extend(window.token_ids[scored + 1 : end + 1])
-        ran.append((window, end, max(0, end - scored)))
-        tokens.extend(window.token_ids[begin:end])
-        positions.extend(range(begin, end))
-        query_start.append(len(tokens))
-        context_len.append(end)
-        block_table.extend(window.blocks)
-        block_table.extend([0] * (max_blocks - len(window.blocks)))
-        budget -= end - begin
-    core = engine.core
-    batch = core.batch(tokens, positions, query_start, context_len, block_table)
-    logprobs, top_ids, top_values = core.model.score(core.kv, batch, rows, targets, top_n)
-    row = 0
-    for window, end, count in ran:
-        window.num_computed = end
-        window.logprobs.extend(logprobs[row : row + count].tolist())
-        if top_n:
-            ids, values = top_ids[row : row + count].tolist(), top_values[row : row + count].tolist()
-            window.top_logprobs.extend(
-                list(zip(*best, strict=True)) for best in zip(ids, values, strict=True)
-            )
-        row += count

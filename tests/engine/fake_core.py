@@ -31,6 +31,7 @@ class FakeBlockManager:
         self._index: dict[bytes, int] = {}  # tokens up to the end of a block -> block
         self._key: dict[int, bytes] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self.taken: list[int] = []  # blocks that the model has to take for empty
 
     @property
     def num_available(self) -> int:
@@ -99,7 +100,14 @@ class FakeBlockManager:
             block, _ = self._cached.popitem(last=False)
             del self._index[self._key.pop(block)]
         self._references[block] = 1
+        self.taken.append(block)
         return block
+
+    def reset_prefix_cache(self) -> None:
+        self._index.clear()
+        self._key.clear()
+        self._free += self._cached
+        self._cached.clear()
 
     def is_private(self, block: int) -> bool:
         return self._references[block] == 1 and block not in self._key
@@ -149,11 +157,13 @@ class FakeStepResult:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
+        self.scores: list[float] = []
+        self.score_tops: list[list[tuple[int, float]]] = []
 
 
 class FakeModel:
-    """``fail_at``: the step that raises InternalError, counted from 1. ``poison``: a token after which
-    logits are NaN."""
+    """``fail_at``: the step that raises InternalError, counted from 1. ``fail_on``: a token whose batches
+    raise. ``poison``: a token after which logits are NaN."""
 
     def __init__(self, manager: FakeBlockManager) -> None:
         self.manager = manager
@@ -161,14 +171,24 @@ class FakeModel:
         self.tokens_run = 0
         self.rows_sampled = 0
         self.fail_at = 0
+        self.fail_on: int | None = None
         self.poison: int | None = None
         self.batches: list[tuple[int, int]] = []  # tokens and sequences of each step
 
-    def step(self, kv: dict[int, list], sampler: FakeSampler, batch: FakeBatch, slots: array[int]) -> Any:
+    def step(
+        self,
+        kv: dict[int, list],
+        sampler: FakeSampler,
+        batch: FakeBatch,
+        slots: array[int],
+        score_rows: Sequence[int] = (),
+        targets: Sequence[int] = (),
+        top_n: int = 0,
+    ) -> FakeStepResult:
         self.steps += 1
-        if self.steps == self.fail_at:
-            raise InternalError("the step failed, as the test asked")
         self._write(kv, batch)
+        if self.steps == self.fail_at or self.fail_on in batch.token_ids:
+            raise InternalError("the step failed, as the test asked")
         assert len({slot for slot in slots if slot >= 0}) == sum(slot >= 0 for slot in slots)
         result = FakeStepResult()
         for row, slot in enumerate(slots):
@@ -185,28 +205,24 @@ class FakeModel:
                 wanted = params["logprobs"]
                 result.logprobs.append(fake_logprob(history, token) if wanted >= 0 else float("nan"))
                 result.top_logprobs.append(best_tokens(history, wanted))
-        return result
-
-    def score(
-        self, kv: dict[int, list], batch: FakeBatch, rows: array[int], targets: array[int], top_n: int = 0
-    ) -> tuple[Any, Any, Any]:
-        self._write(kv, batch)
-        values, ids, tops = [], [], []
-        for row, target in zip(rows, targets, strict=True):
+        for row, target in zip(score_rows, targets, strict=True):
             seq = next(b for b in range(len(batch.tables)) if row < batch.query_start[b + 1])
             history = self._read(kv, batch.tables[seq], batch.positions[row] + 1)
-            values.append(fake_logprob(history, target))
-            best = best_tokens(history, top_n)
-            ids.append([token for token, _ in best])
-            tops.append([value for _, value in best])
-        return np.array(values, np.float32), np.array(ids, np.int32), np.array(tops, np.float32)
+            is_poisoned = self.poison is not None and self.poison in array("i", history)
+            result.scores.append(float("nan") if is_poisoned else fake_logprob(history, target))
+            result.score_tops.append(best_tokens(history, top_n))
+        return result
 
     def _write(self, kv: dict[int, list], batch: FakeBatch) -> None:
+        """Blocks may be shared as soon as they are scheduled; what is in them is never changed then."""
+        copied = {destination: list(kv[source]) for source, destination in batch.copies}
+        for block in self.manager.taken:
+            kv.pop(block, None)
+        self.manager.taken.clear()
+        kv.update(copied)
         written = set()
         self.tokens_run += len(batch.token_ids)
         self.batches.append((len(batch.token_ids), len(batch.tables)))
-        for source, destination in batch.copies:
-            kv[destination] = list(kv[source])
         for row, table in enumerate(batch.tables):
             first, last = batch.query_start[row], batch.query_start[row + 1]
             assert last > first and batch.positions[last - 1] + 1 == batch.context_len[row]
@@ -215,8 +231,11 @@ class FakeModel:
                 block = table[position // BLOCK]
                 assert (block, position % BLOCK) not in written, "two sequences write to one place"
                 written.add((block, position % BLOCK))
-                assert self.manager.is_private(block), "a block that others may read is written"
-                kv.setdefault(block, [None] * BLOCK)[position % BLOCK] = (position, batch.token_ids[at])
+                entry = (position, batch.token_ids[at])
+                places = kv.setdefault(block, [None] * BLOCK)
+                if not self.manager.is_private(block):
+                    assert places[position % BLOCK] in (None, entry), "what others may read is changed"
+                places[position % BLOCK] = entry
 
     def _read(self, kv: dict[int, list], table: array[int], length: int) -> bytes:
         tokens = array("i")
@@ -253,5 +272,4 @@ def fake_core(num_blocks: int, *, prefix_caching: bool = True) -> Core:
         sampler=FakeSampler(),
         manager=manager,
         batch=FakeBatch,
-        prefix_caching=prefix_caching,
     )

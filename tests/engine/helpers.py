@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 from pyengine.decoding.params import ResolvedParams
 from pyengine.engine.engine import Engine
+from pyengine.engine.generation import Generation
 from pyengine.engine.request import Request
+from pyengine.outputs import StreamDelta
 
 from .fake_core import fake_core
 
@@ -62,25 +64,58 @@ class Letters:
         return chr(ord("a") + token_id) if token_id < 26 else chr(ord("A") + token_id - 26)
 
 
+class Box:
+    """A mailbox that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.items: list[StreamDelta] = []
+
+    def put(self, item: StreamDelta) -> None:
+        self.items.append(item)
+
+
 def request(
     number: int,
     prompt: Sequence[int],
     resolved: ResolvedParams,
     *,
+    priority: int = 0,
     stream: bool = False,
     codec: Letters | None = None,
-) -> Request:
-    return Request(str(number), number, None, array("i", prompt), resolved, codec, stream)
+) -> Generation:
+    return Generation(
+        str(number),
+        number,
+        None,
+        array("i", prompt),
+        resolved,
+        codec,
+        priority=priority,
+        stream=stream,
+        mailbox=Box() if stream else None,
+    )
 
 
-def run(engine: Engine, *requests: Request) -> list[list[list[int]]]:
-    """New tokens of each sequence of each request."""
+def deltas_of(request: Generation) -> list[StreamDelta]:
+    assert isinstance(request.mailbox, Box)
+    return request.mailbox.items
+
+
+def run(engine: Engine, *requests: Request) -> None:
     for one in requests:
         engine.add(one)
     while engine.requests:
         engine.step()
+    for one in requests:
+        if one.error is not None:
+            raise one.error
+
+
+def generate(engine: Engine, *requests: Generation) -> list[list[list[int]]]:
+    """New tokens of each sequence of each request."""
+    run(engine, *requests)
     return [tokens_of(one) for one in requests]
 
 
-def tokens_of(request: Request) -> list[list[int]]:
+def tokens_of(request: Generation) -> list[list[int]]:
     return [completion.token_ids for completion in request.output().outputs]

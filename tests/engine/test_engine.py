@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from pyengine.engine.request import Request
-from pyengine.errors import RequestError
+from pyengine.engine.generation import Generation
+from pyengine.engine.metrics import Counters
+from pyengine.errors import InternalError, RequestError
 
-from .helpers import Letters, engine, params, request, run, tokens_of
+from .helpers import Letters, deltas_of, engine, generate, params, request, tokens_of
 
 PROMPT = [1, 2, 3]
 
 
-def finished(max_tokens: int = 20, **fields: object) -> Request:
+def finished(max_tokens: int = 20, **fields: object) -> Generation:
     one = request(0, PROMPT, params(PROMPT, max_tokens, **fields), codec=Letters())  # type: ignore[arg-type]
-    run(engine(), one)
+    generate(engine(), one)
     return one
 
 
@@ -84,14 +87,13 @@ def test_logprobs_zero_reports_the_chosen_token_only() -> None:
 def test_deltas_add_up() -> None:
     stop = (PLAIN.text[10:12], "~~~")
     whole = request(0, PROMPT, params(PROMPT, 30, n=3, stop=stop, logprobs=1), codec=Letters())
-    run(engine(), whole)
+    generate(engine(), whole)
     one = engine()
     streamed = request(
         0, PROMPT, params(PROMPT, 30, n=3, stop=stop, logprobs=1), codec=Letters(), stream=True
     )
-    run(one, streamed)
-    assert streamed.outbox is not None
-    deltas = list(streamed.outbox)
+    generate(one, streamed)
+    deltas = deltas_of(streamed)
     for completion in whole.output().outputs:
         own = [delta for delta in deltas if delta.index == completion.index]
         assert "".join(delta.text for delta in own) == completion.text
@@ -113,11 +115,10 @@ def test_abort_frees_blocks_and_keeps_what_there_is() -> None:
     for _ in range(5):
         one.step()
     one.abort(first)
-    one.process_aborts()
     completion = first.output().outputs[0]
     assert completion.finish_reason == "abort" and completion.token_ids == PLAIN.token_ids[:5]
     assert completion.text == PLAIN.text[:5]
-    assert first.outbox is not None and first.outbox[-1].finish_reason == "abort"
+    assert deltas_of(first)[-1].finish_reason == "abort"
     while one.requests:
         one.step()
     assert tokens_of(second) == [PLAIN.token_ids]
@@ -132,22 +133,59 @@ def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
     one.add(request(0, PROMPT, params(PROMPT, 46)))  # the last token takes no room
 
 
-def test_an_id_can_be_used_once_at_a_time() -> None:
-    one = engine()
-    one.add(request(0, PROMPT, params(PROMPT, 2)))
-    with pytest.raises(RequestError, match="'0'"):
-        one.add(request(0, PROMPT, params(PROMPT, 2)))
-    while one.requests:
-        one.step()
-    one.add(request(0, PROMPT, params(PROMPT, 2)))
-
-
 def test_metrics() -> None:
     one = finished(max_tokens=4)
     metrics = one.output().metrics
     assert (metrics.prompt_tokens, metrics.new_tokens, metrics.preemptions) == (3, 4, 0)
     assert metrics.ttft is not None and metrics.total_time is not None
     assert 0 <= metrics.queue_time <= metrics.ttft <= metrics.total_time
+    assert metrics.inter_token_latency is not None and metrics.max_inter_token_latency is not None
+    assert 0 < metrics.inter_token_latency <= metrics.max_inter_token_latency <= metrics.total_time
+    assert 3 * metrics.inter_token_latency == pytest.approx(metrics.total_time - metrics.ttft, abs=1e-3)
+    assert abs(metrics.arrival_time - time.time()) < 60
+
+
+def test_metrics_of_one_token() -> None:
+    metrics = finished(max_tokens=1).output().metrics
+    assert metrics.ttft is not None and metrics.inter_token_latency is None
+    assert metrics.max_inter_token_latency is None
+
+
+def test_counters() -> None:
+    one = engine()
+    prompt = list(range(40))
+    ids = iter(range(100))
+    generate(one, request(next(ids), prompt, params(prompt, 5)))
+    generate(one, request(next(ids), prompt, params(prompt, 7, n=2)))
+    counters, scheduler = one.counters, one.scheduler
+    assert counters.steps == one.core.model.steps and counters.busy_time > 0
+    assert counters.new_tokens == 5 + 14 and counters.finished == 2
+    assert counters.prompt_tokens == 40 + 8 + 1, "the second sample runs the last token again"
+    assert (scheduler.hit_tokens, scheduler.looked_up_tokens) == (32, 80)
+    aborted = request(next(ids), prompt, params(prompt, 5))
+    one.add(aborted)
+    assert one.num_waiting == 1
+    one.abort(aborted)
+    assert one.num_waiting == 0 and counters.aborted == 1 and counters.failed == 0
+    one.core.model.poison = 0
+    bad = request(next(ids), prompt, params(prompt, 5))
+    with pytest.raises(InternalError):
+        generate(one, bad)
+    assert counters.failed == 1
+
+
+def test_rates_are_those_of_the_last_ten_seconds() -> None:
+    counters = Counters()
+    assert counters.rates(5.0) == (0.0, 0.0)
+    for step in range(400):  # 20 s of steps, each with 10 prompt tokens and, from 10 s on, 2 new ones
+        begin = 100 + step / 20
+        counters.prompt_tokens += 10
+        counters.new_tokens += 2 * (step >= 200)
+        counters.count_step(begin, begin + 0.05)
+    assert counters.rates(120.0) == pytest.approx((200.0, 40.0), rel=0.03)
+    assert counters.rates(125.0) == pytest.approx((100.0, 20.0), rel=0.05)
+    assert counters.rates(140.0) == (0.0, 0.0)
+    assert len(counters._marks) < 120
 
 
 def test_nothing_to_do() -> None:

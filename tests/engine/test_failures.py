@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 
 from pyengine.engine.engine import Engine
-from pyengine.engine.request import Request
+from pyengine.engine.generation import Generation
 from pyengine.errors import InternalError, PyEngineError, RequestError, TokenizerError
 
-from .helpers import Letters, engine, params, request, run, tokens_of
+from .helpers import Letters, engine, generate, params, request, tokens_of
 
 PROMPT = [1, 2, 3]
 POISON = 60  # no token that is ever drawn
 
 
 def alone(max_tokens: int = 20, **fields: Any) -> list[list[int]]:
-    (tokens,) = run(engine(), request(0, PROMPT, params(PROMPT, max_tokens, **fields)))
+    (tokens,) = generate(engine(), request(0, PROMPT, params(PROMPT, max_tokens, **fields)))
     return tokens
 
 
@@ -30,7 +30,7 @@ def finish(one: Engine) -> None:
     assert not one.scheduler.running and not one.scheduler.waiting
 
 
-def error_of(one: Request) -> Exception:
+def error_of(one: Generation) -> Exception:
     assert one.finished and one.end is not None and one.error is not None
     return one.error
 
@@ -168,28 +168,113 @@ def test_an_abort_whose_text_cannot_be_made_frees_the_blocks(place: str) -> None
     for _ in range(3):
         one.step()
     one.abort(bad)
-    one.step()
     finish(one)
     if place != "logprobs":  # which are made when the output is asked for
         assert isinstance(error_of(bad), TokenizerError)
 
 
-def test_a_failing_step_gives_up_every_request_and_the_engine_goes_on() -> None:
+def test_a_step_that_fails_once_changes_nothing() -> None:
+    """Each sequence of the batch runs once more, alone."""
+    for fail_at in range(1, 12):
+        one = engine(budget=20)
+        one.core.model.fail_at = fail_at
+        long_prompt = [*PROMPT, *range(40)]
+        several = [
+            request(0, PROMPT, params(PROMPT, 10, n=3)),
+            request(1, long_prompt, params(long_prompt, 10)),
+            request(2, long_prompt, params(long_prompt, 10, n=2)),
+        ]
+        for each in several:
+            one.add(each)
+        finish(one)
+        expected = [
+            generate(engine(), request(0, prompt, params(prompt, 10, n=n)))[0]
+            for prompt, n in ((PROMPT, 3), (long_prompt, 1), (long_prompt, 2))
+        ]
+        alone_in_its_step = [each for each in several if each.error is not None]
+        assert len(alone_in_its_step) <= 1
+        for each, tokens in zip(several, expected, strict=True):
+            assert each.error is not None or tokens_of(each) == tokens
+
+
+def test_a_request_that_the_model_cannot_run_fails_alone() -> None:
     one = engine()
-    one.core.model.fail_at = 4
+    one.core.model.fail_on = POISON
+    prompts = [PROMPT, [*PROMPT, POISON], [7] * 40]
+    several = [request(number, prompt, params(prompt, 20)) for number, prompt in enumerate(prompts)]
+    for each in several:
+        one.add(each)
+    finish(one)
+    error = error_of(several[1])
+    assert isinstance(error, InternalError) and str(error).startswith("request 1: the step failed")
+    assert [each.error for each in several[::2]] == [None, None]
+    assert tokens_of(several[0]) == alone()
+    assert tokens_of(several[2]) == generate(engine(), request(0, [7] * 40, params([7] * 40, 20)))[0]
+
+
+def test_whoever_shares_what_failed_computes_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two requests with one new prefix fails in the step in which the second has matched it."""
+    prefix = [9] * 48
+    prompts = [[*prefix, POISON], [*prefix, 1], [2, 3], [*prefix, 4]]
+    one = engine(budget=1000)
+    one.core.model.fail_on = POISON
+    several = [request(number, prompt, params(prompt, 20)) for number, prompt in enumerate(prompts)]
+    for each in several:
+        one.add(each)
+    one.step()
+    assert [each.cached_tokens for each in several] == [0, 48, 0, 48]
+    finish(one)
+    assert isinstance(error_of(several[0]), InternalError)
+    for number in (1, 2, 3):
+        expected = generate(engine(), request(0, prompts[number], params(prompts[number], 20)))[0]
+        assert several[number].error is None and tokens_of(several[number]) == expected
+    again = request(7, prompts[3], params(prompts[3], 20))
+    assert generate(one, again)[0] == tokens_of(several[3]) and again.cached_tokens == 48
+
+
+def test_whoever_shares_what_the_sampler_refused_computes_it_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = [9] * 40
+    one = engine(budget=1000)
+    accept = one.core.sampler.set
+
+    def refuse(slot: int, **given: Any) -> None:
+        if given["seed"] == 77:
+            raise RequestError("no such temperature")
+        accept(slot, **given)
+
+    monkeypatch.setattr(one.core.sampler, "set", refuse)
+    bad, good = request(0, prompt, params(prompt, 20, seed=77)), request(1, prompt, params(prompt, 20))
+    one.add(bad)
+    one.add(good)
+    finish(one)
+    assert bad.error is not None and good.error is None and good.cached_tokens == 32
+    assert tokens_of(good) == generate(engine(), request(0, prompt, params(prompt, 20)))[0]
+
+
+def test_a_failing_schedule_gives_up_every_request_and_the_engine_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = engine()
     failed = [request(number, PROMPT, params(PROMPT, 10, n=2)) for number in range(3)]
     failed.append(request(3, PROMPT, params(PROMPT, 10), codec=Broken("finish"), stream=True))
     for each in failed:
         one.add(each)
+    one.step()
+    one.step()
+
+    def fail() -> None:
+        raise InternalError("as the test asked")
+
+    monkeypatch.setattr(one.scheduler, "schedule", fail)
     with pytest.raises(InternalError, match="as the test asked") as caught:
-        while True:
-            one.step()
+        one.step()
+    monkeypatch.undo()
     for number, each in enumerate(failed):
         error = error_of(each)
         assert isinstance(error, InternalError) and error.__cause__ is caught.value
         assert str(error).startswith(f"request {number} was given up, because a step failed: ")
     finish(one)
-    assert run(one, request(9, PROMPT, params(PROMPT, 20)))[0] == alone()
+    assert generate(one, request(9, PROMPT, params(PROMPT, 20)))[0] == alone()
 
 
 def test_an_interrupt_gives_up_every_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,17 +293,10 @@ def test_an_interrupt_gives_up_every_request(monkeypatch: pytest.MonkeyPatch) ->
     finish(one)
 
 
-def test_a_late_abort_does_not_end_the_next_request_of_that_id() -> None:
+def test_an_abort_of_a_request_that_is_not_there_is_left_alone() -> None:
     one = engine()
-    first, second = (request(0, PROMPT, params(PROMPT, 5)) for _ in range(2))
-    one.abort(second)  # not added yet
-    one.process_aborts()
-    one.add(first)
-    one.step()
+    first, never_added = (request(number, PROMPT, params(PROMPT, 5)) for number in range(2))
+    one.abort(never_added)
+    generate(one, first)
     one.abort(first)
-    one.abort(first)
-    one.add(second)  # the id is free: the abort counts from the moment it was asked for
-    finish(one)
-    one.abort(first)
-    assert first.output().outputs[0].finish_reason == "abort"
-    assert tokens_of(second) == [alone()[0][:5]]
+    assert not never_added.finished and first.output().outputs[0].finish_reason == "length"

@@ -14,7 +14,7 @@ from pyengine import _C
 from pyengine.engine.engine import Core, Engine
 from pyengine.model.checkpoint import load_checkpoint
 
-from .helpers import MAX_MODEL_LEN, run
+from .helpers import MAX_MODEL_LEN, generate
 from .test_schedules import Arrival, arrivals, play
 
 
@@ -43,7 +43,6 @@ def real_engine(
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, prefix_caching),
         batch=_C.Batch,
-        prefix_caching=prefix_caching,
     )
     return Engine(core, max_model_len=MAX_MODEL_LEN, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
 
@@ -84,7 +83,7 @@ def test_tokens_and_logprobs_equal_those_alone(directory: Path, dtype: str) -> N
         requests = play(crowded, trace)
         for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
             alone = arrival.request(number)
-            run(real_engine(directory, dtype), alone)
+            generate(real_engine(directory, dtype), alone)
             for got, expected in zip(one.output().outputs, alone.output().outputs, strict=True):
                 if got.finish_reason == "abort":
                     assert got.token_ids == expected.token_ids[: len(got.token_ids)]

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyengine.engine.engine import Engine
-from pyengine.engine.request import Request
+from pyengine.engine.generation import Generation
 
-from .helpers import engine, params, request, run, tokens_of
+from .helpers import engine, generate, params, request, tokens_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Arrival:
     step: int  # when it arrives
     abort_after: int | None  # steps after its arrival
 
-    def request(self, number: int) -> Request:
+    def request(self, number: int) -> Generation:
         resolved = params(
             self.prompt,
             self.max_tokens,
@@ -62,7 +62,7 @@ arrivals = st.lists(
 )
 
 
-def play(one: Engine, trace: list[Arrival]) -> list[Request]:
+def play(one: Engine, trace: list[Arrival]) -> list[Generation]:
     """Run a trace; the manager's books and the lists of the scheduler are checked after each step."""
     requests = [arrival.request(number) for number, arrival in enumerate(trace)]
     manager, scheduler = one.core.manager, one.scheduler
@@ -87,6 +87,7 @@ def play(one: Engine, trace: list[Arrival]) -> list[Request]:
         step += 1
         assert step < 5000, "the trace does not end"
     assert not scheduler.running and not scheduler.waiting
+    assert [request.error for request in requests] == [None] * len(requests)
     assert manager.num_in_use == 0  # type: ignore[attr-defined]
     return requests
 
@@ -108,7 +109,7 @@ def test_tokens_equal_those_alone(
     for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
         assert one.finished
         alone = arrival.request(number)
-        run(engine(64, budget=1000, max_num_seqs=8), alone)
+        generate(engine(64, budget=1000, max_num_seqs=8), alone)
         for got, expected in zip(one.output().outputs, alone.output().outputs, strict=True):
             if got.finish_reason == "abort":
                 assert arrival.abort_after is not None
@@ -127,10 +128,10 @@ def test_a_cache_of_one_longest_request_is_enough(trace: list[Arrival]) -> None:
 
 def test_preemption_happens_and_changes_nothing() -> None:
     prompts = [[number] * 20 for number in range(4)]
-    alone = [run(engine(), request(0, prompt, params(prompt, 40)))[0] for prompt in prompts]
+    alone = [generate(engine(), request(0, prompt, params(prompt, 40)))[0] for prompt in prompts]
     small = engine(9)
     requests = [request(number, prompt, params(prompt, 40)) for number, prompt in enumerate(prompts)]
-    assert run(small, *requests) == alone
+    assert generate(small, *requests) == alone
     assert sum(one.preemptions for one in requests) > 0
     assert requests[0].preemptions == 0, "the oldest is never preempted"
     ends = [one.end or 0.0 for one in requests]
@@ -150,7 +151,7 @@ def test_long_prompt_runs_in_chunks_beside_decoding(budget: int) -> None:
     assert max(tokens for tokens, _ in one.core.model.batches) <= budget
     if budget > 1:  # both in one step
         assert (min(budget, 51), 2) in one.core.model.batches
-    assert tokens_of(second) == run(engine(), request(0, [3] * 50, params([3] * 50, 2)))[0]
+    assert tokens_of(second) == generate(engine(), request(0, [3] * 50, params([3] * 50, 2)))[0]
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 18, 32, 33, 40])
@@ -173,21 +174,21 @@ def test_samples_share_the_prompt(length: int, prefix_caching: bool) -> None:
         one.step()
     samples = tokens_of(many)
     assert len({tuple(tokens) for tokens in samples}) == 4
-    seq_alone = run(engine(), request(0, prompt, params(prompt, 20)))[0]
+    seq_alone = generate(engine(), request(0, prompt, params(prompt, 20)))[0]
     assert samples[0] == seq_alone[0]
 
 
 def test_more_samples_than_slots() -> None:
     prompt = list(range(20))
-    expected = run(engine(max_num_seqs=16), request(0, prompt, params(prompt, 20, n=12)))
-    assert run(engine(max_num_seqs=3), request(0, prompt, params(prompt, 20, n=12))) == expected
+    expected = generate(engine(max_num_seqs=16), request(0, prompt, params(prompt, 20, n=12)))
+    assert generate(engine(max_num_seqs=3), request(0, prompt, params(prompt, 20, n=12))) == expected
 
 
 def test_prefix_is_computed_once() -> None:
     one = engine()
     prompt = list(range(40))
     first, second = request(0, prompt, params(prompt, 1)), request(1, prompt, params(prompt, 1))
-    assert run(one, first)[0] == run(one, second)[0]
+    assert generate(one, first)[0] == generate(one, second)[0]
     assert (first.cached_tokens, second.cached_tokens) == (0, 32)
     assert one.core.model.tokens_run == 40 + 8
 
@@ -196,10 +197,10 @@ def test_prefix_is_computed_once() -> None:
 def test_generated_tokens_are_a_prefix_for_the_next_turn(new: int, cached: int) -> None:
     """All but the last one, whose keys and values were never needed."""
     one = engine()
-    (answer,) = run(one, request(0, [1] * 20, params([1] * 20, new)))[0]
+    (answer,) = generate(one, request(0, [1] * 20, params([1] * 20, new)))[0]
     turn = [1] * 20 + answer + [2]
     second = request(1, turn, params(turn, 5))
-    assert run(one, second) == run(engine(), request(1, turn, params(turn, 5)))
+    assert generate(one, second) == generate(engine(), request(1, turn, params(turn, 5)))
     assert second.cached_tokens == cached
 
 
@@ -212,16 +213,16 @@ def test_what_an_aborted_prompt_computed_is_a_prefix() -> None:
     one.step()  # 40 of 80 tokens
     one.abort(first)
     second = request(1, prompt, params(prompt, 5))
-    assert run(one, second) == run(engine(), request(1, prompt, params(prompt, 5)))
+    assert generate(one, second) == generate(engine(), request(1, prompt, params(prompt, 5)))
     assert second.cached_tokens == 32
 
 
 def test_a_block_is_not_source_and_destination_of_copies_in_one_step() -> None:
     """Two samples must copy their indexed tails, and the first one's source is the only block left."""
     prompts = [[1] * 16, [2] * 16]
-    firsts = [run(engine(), request(0, prompt, params(prompt, 1)))[0][0][0] for prompt in prompts]
+    firsts = [generate(engine(), request(0, prompt, params(prompt, 1)))[0][0][0] for prompt in prompts]
 
-    def requests() -> list[Request]:  # the first sample of each ends with its first token
+    def requests() -> list[Generation]:  # the first sample of each ends with its first token
         resolved = [
             params(prompt, 15, n=2, stop_ids=frozenset((first,)))
             for prompt, first in zip(prompts, firsts, strict=True)
@@ -229,7 +230,7 @@ def test_a_block_is_not_source_and_destination_of_copies_in_one_step() -> None:
         return [request(number, prompts[number], resolved[number]) for number in range(2)]
 
     crowded = requests()
-    got = run(engine(num_blocks=3), *crowded)
+    got = generate(engine(num_blocks=3), *crowded)
     assert [one.preemptions for one in crowded] == [0, 1]
-    assert got == [run(engine(), one)[0] for one in requests()]
+    assert got == [generate(engine(), one)[0] for one in requests()]
     assert [len(tokens) for tokens, _ in got] == [1, 1]

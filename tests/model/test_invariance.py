@@ -115,7 +115,7 @@ def test_on_every_instruction_set(dtype: str, isa: str, checkpoint: Callable[[st
 def test_selected_rows_and_scores_equal_the_whole(
     dtype: str, name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """``forward`` with rows and ``score`` take another way to the head; rows must not notice."""
+    """``forward`` with rows and scored rows take another way to the head; rows must not notice."""
     runner = cached_runner(checkpoint(name), dtype, 2)
     vocab_size = runner.config.vocab_size
     rng = np.random.default_rng(4)
@@ -129,7 +129,7 @@ def test_selected_rows_and_scores_equal_the_whole(
     assert np.array_equal(bits(runner.model.forward(kv, batch, array("i", rows))), bits(whole[rows]))
 
     targets = rng.integers(vocab_size, size=len(rows)).tolist()
-    logprobs, top_ids, top_logprobs = runner.model.score(kv, batch, array("i", rows), array("i", targets), 5)
+    logprobs, top_ids, top_logprobs = runner.score(kv, batch, rows, targets, 5)
     expected = whole[rows].astype(np.float64)
     expected -= np.log(np.exp(expected - expected.max(1, keepdims=True)).sum(1, keepdims=True))
     expected -= whole[rows].max(1, keepdims=True)
@@ -137,6 +137,6 @@ def test_selected_rows_and_scores_equal_the_whole(
     assert np.array_equal(top_ids, np.argsort(-whole[rows], axis=1, kind="stable")[:, :5])
     assert np.allclose(top_logprobs, np.take_along_axis(expected, top_ids, 1), rtol=2e-6, atol=2e-6)
     for i, row in enumerate(rows):  # one row at a time: the same bits
-        one = runner.model.score(kv, batch, array("i", [row]), array("i", [targets[i]]), 5)
+        one = runner.score(kv, batch, [row], [targets[i]], 5)
         assert bits(one[0])[0] == bits(logprobs)[i]
         assert np.array_equal(bits(one[2])[0], bits(top_logprobs)[i])

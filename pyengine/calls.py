@@ -1,0 +1,126 @@
+"""What a caller does while the engine works for it: submit requests, wait, report, clean up."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+from pyengine.engine.generation import Generation
+from pyengine.engine.mailbox import ENTERED, AsyncMailbox
+from pyengine.engine.request import Request
+from pyengine.engine.thread import EngineThread
+from pyengine.errors import RequestError
+from pyengine.outputs import StreamDelta
+
+Progress = Callable[[int, int, int], object]  # finished requests, all requests, tokens so far
+_PROGRESS_INTERVAL = 0.1  # seconds
+_MAX_PRIORITY = 2**31 - 1
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+def finished_in_order(
+    engine: EngineThread,
+    requests: Sequence[AnyRequest],
+    progress: Progress | None,
+    count_tokens: Callable[[AnyRequest], int],
+) -> Generator[AnyRequest, None, None]:
+    """Run requests together and yield each, in order, once it has ended. Raises the error of one that failed.
+
+    Closing the generator, or an exception thrown at the place where it waits, aborts those that still run.
+    """
+    mailbox: SimpleQueue[Any] = SimpleQueue()
+    for request in requests:
+        request.mailbox = mailbox
+
+    def report() -> None:
+        if progress is not None:
+            ended = sum(request.ended for request in requests)
+            progress(ended, len(requests), sum(map(count_tokens, requests)))
+
+    try:
+        engine.submit([request for request in requests if not request.ended])
+        next_report = time.perf_counter() + _PROGRESS_INTERVAL
+        for request in requests:
+            while not request.ended:
+                engine.check_process()
+                if progress is None:
+                    mailbox.get()
+                    continue
+                try:
+                    mailbox.get(timeout=max(0.0, next_report - time.perf_counter()))
+                except Empty:
+                    pass
+                if time.perf_counter() >= next_report:
+                    report()
+                    next_report = time.perf_counter() + _PROGRESS_INTERVAL
+            if request.error is not None:
+                raise request.error
+            yield request
+        report()
+    finally:
+        for request in requests:
+            if not request.ended:
+                engine.abort(request)
+
+
+def wait_for_end(engine: EngineThread, requests: Sequence[Request]) -> None:
+    """Until requests that were aborted do not change any more."""
+    while engine.is_running and not all(request.ended for request in requests):
+        time.sleep(0.001)
+
+
+def deltas(engine: EngineThread, request: Generation) -> Generator[StreamDelta | None, None, None]:
+    """None once the request is queued, then its deltas."""
+    mailbox: SimpleQueue[Any] = SimpleQueue()
+    request.mailbox = mailbox
+    try:
+        engine.submit([request])
+        while (item := mailbox.get()) is not request:
+            yield item
+            engine.check_process()
+        if request.error is not None:
+            raise request.error
+    finally:
+        engine.abort(request)
+
+
+async def async_deltas(engine: EngineThread, request: Generation) -> AsyncGenerator[StreamDelta, None]:
+    """The deltas of a request, for the event loop that runs this."""
+    import asyncio
+
+    mailbox = request.mailbox = AsyncMailbox(asyncio.get_running_loop())
+    try:
+        engine.submit([request])
+        while (item := await mailbox.get()) is not request:
+            if item is not ENTERED:
+                yield item
+        if request.error is not None:
+            raise request.error
+    finally:
+        engine.abort(request)
+
+def priorities_of_each(given: Any, count: int) -> list[int]:
+    """One for each of ``count`` requests."""
+    listed = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    for priority in listed:
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
+            raise RequestError(
+                f"priority={priority!r}: must be an integer from {-_MAX_PRIORITY} to {_MAX_PRIORITY}"
+            )
+    if len(listed) != count:
+        raise RequestError(
+            f"{len(listed)} priorities for {count} prompts: give one for all, or one for each"
+        )
+    return listed
+
+
+def progress_line(what: str) -> Progress:
+    def report(done: int, total: int, tokens: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{done}/{total} {what.format(tokens)}", end=end, file=sys.stderr, flush=True)
+
+    return report

@@ -1,0 +1,48 @@
+"""Tests of what the engine's thread does: wait for it, or hold it still."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pyengine import LLM
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """What the engine's thread is to do soon."""
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.001)
+
+
+def blocks_in_use(llm: LLM) -> int:
+    return llm._engine.core.manager.num_in_use  # type: ignore[attr-defined]
+
+
+def wait_until_idle(llm: LLM) -> None:
+    """All requests have ended, and nothing of them is left."""
+    wait_until(lambda: not llm._engine.requests)
+    assert blocks_in_use(llm) == 0
+    llm._engine.core.manager.check_invariants()  # type: ignore[attr-defined]
+    scheduler = llm._engine.scheduler
+    assert not scheduler.running and not scheduler.waiting
+
+
+@contextmanager
+def paused(llm: LLM) -> Iterator[None]:
+    """Steps wait until the block ends; they run then."""
+    engine, gate = llm._engine, threading.Event()
+
+    def step() -> int:
+        assert gate.wait(60)
+        return type(engine).step(engine)
+
+    engine.step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del engine.step
+        gate.set()
