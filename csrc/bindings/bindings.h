@@ -71,10 +71,14 @@ struct PyKVCache {
   std::mutex mutex;
 };
 
+// A Sampler with the callables of slots that have one, and what those raised. `mutex` guards the
+// sampler; the GIL guards the rest.
 struct PySampler {
-  explicit PySampler(int32_t num_slots) : sampler(num_slots) {}
+  explicit PySampler(int32_t num_slots);
   Sampler sampler;
   std::mutex mutex;
+  std::vector<py::object> processors;  // by slot; null: none
+  std::vector<py::object> errors;      // by slot
 };
 
 // Throws ConfigError unless `name` is "float32", "bfloat16" or "float16".
@@ -84,6 +88,7 @@ ops::Activation activation_from(const std::string& name);  // also "none"
 
 void bind_kv(py::module_& m);
 void bind_model(py::module_& m);
+void bind_sampling(py::module_& m);
 void bind_ops(py::module_& m);  // the submodule `ops`
 
 }  // namespace pyengine::bindings

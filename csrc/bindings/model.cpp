@@ -1,4 +1,4 @@
-// Batch, Sampler, StepResult and Model.
+// Batch and Model.
 #include <pybind11/numpy.h>
 
 #include <cmath>
@@ -144,36 +144,6 @@ class PyModel {
   std::optional<GPT2> model_;
 };
 
-// Throws RequestError where rounding to float32 would change what is asked for: 1e39 would become
-// infinite, and 1e-46 greedy.
-float temperature_from(double value) {
-  const auto rounded = static_cast<float>(value);
-  if (std::isinf(rounded) || (rounded == 0 && value != 0)) {
-    throw RequestError("temperature is " + std::string(py::repr(py::float_(value))) +
-                       ", which float32 cannot hold: use 0 (greedy), or 1e-38 to 1e38");
-  }
-  return rounded;
-}
-
-StepResult sample(PySampler& self, PyExecContext& ctx,
-                  const py::array_t<float, py::array::c_style>& logits, py::handle slots,
-                  py::handle positions) {
-  Int32View slot_view(slots, "slots"), position_view(positions, "positions");
-  if (logits.ndim() != 2 || logits.shape(0) != slot_view.size() ||
-      logits.shape(0) != position_view.size() || logits.shape(1) < 1) {
-    throw RequestError("sample: logits must be (R, V), with one slot and one position per row");
-  }
-  StepResult result;
-  const float* data = logits.data();
-  const int64_t rows = logits.shape(0);
-  const auto vocab_size = static_cast<int32_t>(logits.shape(1));
-  py::gil_scoped_release release;
-  std::scoped_lock lock(ctx.mutex, self.mutex);
-  self.sampler.sample(ctx.context, data, rows, vocab_size, slot_view.begin(), position_view.begin(),
-                      result);
-  return result;
-}
-
 }  // namespace
 
 void bind_model(py::module_& m) {
@@ -194,29 +164,6 @@ void bind_model(py::module_& m) {
            arg("block_table"), arg("block_copies") = py::none())
       .def_property_readonly("num_tokens", &Batch::num_tokens)
       .def_property_readonly("num_seqs", &Batch::num_seqs);
-
-  py::class_<StepResult>(m, "StepResult")
-      .def_readonly("token_ids", &StepResult::token_ids)
-      .def_readonly("logprobs", &StepResult::logprobs)
-      .def_readonly("top_logprobs", &StepResult::top_logprobs)
-      .def_readonly("scores", &StepResult::scores)
-      .def_readonly("score_tops", &StepResult::score_tops);
-
-  py::class_<PySampler>(m, "Sampler")
-      .def(py::init<int32_t>(), arg("num_slots"))
-      .def(
-          "set",
-          [](PySampler& self, int32_t slot, double temperature, int32_t top_k, double top_p,
-             uint64_t seed, uint64_t sample_index, int32_t logprobs) {
-            const SlotParams params{
-                temperature_from(temperature), top_k, top_p, seed, sample_index, logprobs};
-            py::gil_scoped_release release;  // a step may hold the mutex for a while
-            std::lock_guard<std::mutex> lock(self.mutex);
-            self.sampler.set(slot, params);
-          },
-          arg("slot"), py::kw_only(), arg("temperature") = 1.0, arg("top_k") = 0,
-          arg("top_p") = 1.0, arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1)
-      .def("sample", &sample, arg("ctx"), arg("logits"), arg("slots"), arg("positions"));
 
   py::class_<PyModel>(m, "Model")
       .def(py::init<py::object, const py::object&, const py::object&, const std::string&>(),

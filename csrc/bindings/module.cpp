@@ -174,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
       })
       .def("check", [](const PyFileView& self) { self.guard.check(); });
   bind_kv(m);
+  bind_sampling(m);
   bind_model(m);
   py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");
   bind_ops(ops);

@@ -166,35 +166,4 @@ int32_t Row::draw_from_all(double target) const {
   return chosen;
 }
 
-void keep_top_p(double top_p, double total, std::vector<Candidate>& candidates) {
-  const double enough = top_p * total;
-  // Weights fall into bins of a sixteenth of an octave; whole bins are kept from the heaviest
-  // downwards, and only the bin in which `enough` is reached is sorted.
-  constexpr int kShift = 23 - 4;
-  constexpr size_t kBins = (0x3f800000u >> kShift) + 1;  // weights are at most 1
-  auto bin_of = [](const Candidate& c) {
-    uint32_t bits;
-    std::memcpy(&bits, &c.weight, sizeof bits);
-    return bits >> kShift;
-  };
-  std::vector<double> bin_mass(kBins, 0.0);
-  for (const Candidate& c : candidates) bin_mass[bin_of(c)] += c.weight;
-  size_t edge = kBins - 1;
-  double mass = 0;  // of the bins above `edge`
-  while (edge > 0 && mass + bin_mass[edge] < enough) mass += bin_mass[edge--];
-
-  std::vector<Candidate> at_edge;
-  for (const Candidate& c : candidates) {
-    if (bin_of(c) == edge) at_edge.push_back(c);
-  }
-  std::sort(at_edge.begin(), at_edge.end(), better);
-  size_t taken = 0;
-  while (taken < at_edge.size() && (mass == 0 || mass < enough)) mass += at_edge[taken++].weight;
-  auto dropped = [&](const Candidate& c) {
-    const size_t bin = bin_of(c);
-    return bin < edge || (bin == edge && (taken == 0 || better(at_edge[taken - 1], c)));
-  };
-  candidates.erase(std::remove_if(candidates.begin(), candidates.end(), dropped), candidates.end());
-}
-
 }  // namespace pyengine::sampling

@@ -63,9 +63,4 @@ class Row {
   std::vector<float> scratch_;
 };
 
-// Cuts `candidates` to the smallest set of best ones whose weight reaches top_p of `total`, at
-// least one; those that stay keep their order. `total` is the sum of the weights, or what they are
-// a part of.
-void keep_top_p(double top_p, double total, std::vector<Candidate>& candidates);
-
 }  // namespace pyengine::sampling

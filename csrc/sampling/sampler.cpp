@@ -4,9 +4,11 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "core/errors.h"
 #include "ops/ops.h"
+#include "sampling/choice.h"
 #include "sampling/philox.h"
 
 namespace pyengine {
@@ -16,47 +18,63 @@ using sampling::Row;
 
 namespace {
 
-int32_t draw(const std::vector<Candidate>& candidates, double u) {
-  double total = 0;
-  for (const Candidate& c : candidates) total += c.weight;
-  const double target = u * total;
-  double sum = 0;
-  int32_t chosen = candidates.front().id;
-  for (const Candidate& c : candidates) {
-    if (c.weight == 0.0f) continue;
-    chosen = c.id;
-    sum += c.weight;
-    if (sum > target) break;
-  }
-  return chosen;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+void require(bool ok, const char* what, double value) {
+  if (!ok) throw RequestError(std::string(what) + ", not " + std::to_string(value));
 }
 
-int32_t choose(Row& row, std::vector<Candidate>& candidates, const SlotParams& params,
-               int32_t vocab_size, double u) {
-  const bool cut_k = params.top_k > 0 && params.top_k < vocab_size;
-  const bool cut_p = params.top_p < 1.0;
-  if (!cut_k && !cut_p) return row.draw_from_all(u * row.all_weights(params.temperature));
-
-  double total = 0;
-  if (cut_k) {
-    row.select_top_k(params.top_k, candidates);
-    const float scale = sampling::inverse_temperature(params.temperature);
-    for (Candidate& c : candidates) {
-      c.weight = sampling::exp_nonpositive((c.logit - row.max()) * scale);
-      total += c.weight;
+void require_valid(const SlotParams& p) {
+  auto is_share = [](double x) { return x >= 0 && x <= 1; };
+  require(p.temperature >= 0 && std::isfinite(p.temperature),
+          "temperature must be 0 (greedy) or a positive number", p.temperature);
+  require(p.top_k >= 0, "top_k must be 0 (all tokens) or positive", p.top_k);
+  require(is_share(p.top_p), "top_p must lie in [0, 1]", p.top_p);
+  require(is_share(p.min_p), "min_p must lie in [0, 1]", p.min_p);
+  require(is_share(p.typical_p), "typical_p must lie in [0, 1]", p.typical_p);
+  require(is_share(p.epsilon_cutoff), "epsilon_cutoff must lie in [0, 1]", p.epsilon_cutoff);
+  require(is_share(p.eta_cutoff), "eta_cutoff must lie in [0, 1]", p.eta_cutoff);
+  require(p.mirostat_tau >= 0 && std::isfinite(p.mirostat_tau),
+          "mirostat_tau must be 0 (off) or a positive number", p.mirostat_tau);
+  require(p.mirostat_eta > 0 && std::isfinite(p.mirostat_eta),
+          "mirostat_eta must be a positive number", p.mirostat_eta);
+  require(p.repetition_penalty > 0 && std::isfinite(p.repetition_penalty),
+          "repetition_penalty must be a positive number", p.repetition_penalty);
+  require(std::isfinite(p.presence_penalty), "presence_penalty must be a number",
+          p.presence_penalty);
+  require(std::isfinite(p.frequency_penalty), "frequency_penalty must be a number",
+          p.frequency_penalty);
+  require(p.no_repeat_ngram_size >= 0, "no_repeat_ngram_size must be 0 (off) or positive",
+          p.no_repeat_ngram_size);
+  require(p.min_tokens >= 0, "min_tokens must be 0 or positive", p.min_tokens);
+  require(p.logprobs >= -1, "logprobs must be -1 (none), 0 or positive", p.logprobs);
+  auto require_ids = [](const std::vector<int32_t>& ids, const char* field) {
+    for (int32_t id : ids) {
+      require(id >= 0, (std::string(field) + ": token ids must be 0 or positive").c_str(), id);
     }
-  } else {
-    total = row.all_weights(params.temperature);
-    // Tokens lighter than this weigh less than (1 - top_p) of the total all together, so the set
-    // that reaches top_p has none of them. The factor leaves room for rounding.
-    double light = (1.0 - params.top_p) * total / vocab_size * 0.5;
-    float threshold = row.max() + static_cast<float>(std::log(light)) * params.temperature;
-    // (max is among them also where the difference is lost to rounding)
-    row.select_at_least(std::min(threshold, row.max()), candidates);
-    for (Candidate& c : candidates) c.weight = row.weight(c.id);
+  };
+  require_ids(p.allowed_token_ids, "allowed_token_ids");
+  require_ids(p.stop_ids, "stop_ids");
+  for (const BiasedSequence& entry : p.logit_bias) {
+    require(!entry.ids.empty(), "logit_bias: a sequence must have 1 token at least", 0);
+    require_ids(entry.ids, "logit_bias");
+    require(entry.bias < std::numeric_limits<float>::infinity(),
+            "logit_bias must be a number or -infinity", entry.bias);
   }
-  if (cut_p) keep_top_p(params.top_p, total, candidates);
-  return draw(candidates, u);
+  for (const std::vector<int32_t>& ids : p.bad_words) {
+    require(!ids.empty(), "bad_words: a sequence must have 1 token at least", 0);
+    require_ids(ids, "bad_words");
+  }
+}
+
+// The loaded row's best tokens with their log-probabilities.
+void add_top_logprobs(Row& row, std::vector<Candidate>& best, int32_t count, double log_total,
+                      std::vector<std::pair<int32_t, float>>& out) {
+  row.select_top_k(count, best);
+  std::partial_sort(best.begin(), best.begin() + count, best.end(), sampling::better);
+  for (int32_t i = 0; i < count; ++i) {
+    out.emplace_back(best[i].id, static_cast<float>(best[i].logit - log_total));
+  }
 }
 
 }  // namespace
@@ -75,75 +93,196 @@ void Sampler::require_slot(int32_t slot) const {
   }
 }
 
-void Sampler::set(int32_t slot, const SlotParams& params) {
+void Sampler::set(int32_t slot, SlotParams params, const SlotStart& start) {
   require_slot(slot);
-  auto require = [](bool ok, const char* what, double value) {
-    if (!ok) throw RequestError(std::string(what) + ", not " + std::to_string(value));
-  };
-  require(params.temperature >= 0 && std::isfinite(params.temperature),
-          "temperature must be 0 (greedy) or a positive number", params.temperature);
-  require(params.top_k >= 0, "top_k must be 0 (all tokens) or positive", params.top_k);
-  require(params.top_p >= 0 && params.top_p <= 1, "top_p must lie in [0, 1]", params.top_p);
-  require(params.logprobs >= -1, "logprobs must be -1 (none), 0 or positive", params.logprobs);
-  slots_[slot] = params;
+  require_valid(params);
+  Slot& s = slots_[slot];
+  s.keeps_history = sampling::needs_history(params);
+  if (s.keeps_history && start.num_prompt > start.num_tokens) {
+    throw RequestError("the first " + std::to_string(start.num_prompt) + " of " +
+                       std::to_string(start.num_tokens) + " tokens cannot be the prompt's");
+  }
+  s.is_edited = s.keeps_history || !params.logit_bias.empty() || !params.bad_words.empty() ||
+                !params.allowed_token_ids.empty() || params.min_tokens > 0;
+  s.history.reset(start.tokens, s.keeps_history ? start.num_tokens : 0, start.num_prompt);
+  s.allowed = sampling::mask_of(params.allowed_token_ids);
+  s.mask.clear();
+  s.num_prompt = start.num_prompt;
+  // The first bound of Mirostat is twice the surprise it aims at.
+  s.mirostat_mu = std::isnan(start.mirostat_mu) ? 2 * params.mirostat_tau : start.mirostat_mu;
+  s.last_call = 0;
+  s.params = std::move(params);
 }
 
-void Sampler::sample(ExecContext& ctx, const float* logits, int64_t num_rows, int32_t vocab_size,
-                     const int32_t* slots, const int32_t* positions, StepResult& result) {
-  for (int64_t r = 0; r < num_rows; ++r) require_slot(slots[r]);
-  result.token_ids.assign(num_rows, 0);
-  result.logprobs.assign(num_rows, std::numeric_limits<float>::quiet_NaN());
-  result.top_logprobs.assign(num_rows, {});
-  if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
-    workspaces_.resize(ctx.pool.num_threads());
-  }
-  ctx.pool.parallel_for(num_rows, [&](int64_t r, int worker) {
-    sample_row(workspaces_[worker], logits + r * vocab_size, vocab_size, slots_[slots[r]],
-               positions[r], r, result);
-  });
-  scored_rows_.clear();
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const bool wanted = slots_[slots[r]].logprobs >= 0;
-    if (wanted && result.token_ids[r] != StepResult::kNotFinite) {
-      scored_rows_.push_back(static_cast<int32_t>(r));
+void Sampler::set_mask(int32_t slot, const uint32_t* words, int64_t num_words) {
+  require_slot(slot);
+  require(num_words > 0, "a mask needs 1 word at least", static_cast<double>(num_words));
+  slots_[slot].mask.assign(words, words + num_words);
+}
+
+void Sampler::require_rows(const Rows& rows) {
+  ++num_calls_;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    require_slot(rows.slots[r]);
+    Slot& slot = slots_[rows.slots[r]];
+    if (!slot.keeps_history) continue;
+    const auto length = static_cast<int64_t>(slot.history.tokens().size());
+    if (length != rows.positions[r]) {
+      throw InternalError("slot " + std::to_string(rows.slots[r]) + " has seen " +
+                          std::to_string(length) + " tokens, but samples position " +
+                          std::to_string(rows.positions[r]));
     }
+    if (std::exchange(slot.last_call, num_calls_) == num_calls_) {
+      throw InternalError("slot " + std::to_string(rows.slots[r]) + " has two rows");
+    }
+  }
+}
+
+// Before any edit: which rows have usable logits, and the log-probabilities of their best tokens.
+void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
+  result.token_ids.assign(rows.count, 0);
+  result.logprobs.assign(rows.count, std::numeric_limits<float>::quiet_NaN());
+  result.top_logprobs.assign(rows.count, {});
+  result.mirostat_mu.clear();
+  scored_rows_.clear();
+  processed_rows_.clear();
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const SlotParams& params = slots_[rows.slots[r]].params;
+    if (params.logprobs >= 0) scored_rows_.push_back(static_cast<int32_t>(r));
+    if (params.has_processor) processed_rows_.push_back(static_cast<int32_t>(r));
+    if (params.mirostat_tau > 0) result.mirostat_mu.resize(rows.count, kNan);
   }
   if (scored_rows_.empty()) return;
   log_totals_.resize(scored_rows_.size());
-  const auto num_scored = static_cast<int64_t>(scored_rows_.size());
-  ops::log_sum_exp(ctx, logits, vocab_size, scored_rows_.data(), num_scored, log_totals_.data());
-  ctx.pool.parallel_for(num_scored, [&](int64_t i, int worker) {
-    const int32_t r = scored_rows_[i];
-    add_logprobs(workspaces_[worker], logits + static_cast<int64_t>(r) * vocab_size, vocab_size,
-                 log_totals_[i], slots_[slots[r]].logprobs, r, result);
+  row_log_total_.resize(rows.count);
+  ops::log_sum_exp(ctx, rows.logits, rows.vocab_size, scored_rows_.data(),
+                   static_cast<int64_t>(scored_rows_.size()), log_totals_.data());
+  for (size_t i = 0; i < scored_rows_.size(); ++i) row_log_total_[scored_rows_[i]] = log_totals_[i];
+}
+
+void Sampler::edit(const Rows& rows, int64_t r, Workspace& workspace) {
+  Slot& slot = slots_[rows.slots[r]];
+  workspace.edited.start(rows.of(r), rows.vocab_size);
+  if (slot.is_edited) {
+    workspace.edited.apply(slot.params, slot.allowed, slot.history,
+                           rows.positions[r] - slot.num_prompt);
+  }
+  if (!slot.mask.empty()) sampling::apply_mask(slot.mask, rows.of(r), rows.vocab_size);
+}
+
+// 0, or what stands for the token.
+int32_t Sampler::run_processor(const Rows& rows, int64_t r) {
+  const std::vector<int32_t>& tokens = slots_[rows.slots[r]].history.tokens();
+  const bool ok =
+      processor_ && processor_(rows.slots[r], tokens.data(), static_cast<int64_t>(tokens.size()),
+                               rows.of(r), rows.vocab_size);
+  return ok ? 0 : StepResult::kProcessorFailed;
+}
+
+// From the row as it is to its token.
+void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
+                     StepResult& result) {
+  Slot& slot = slots_[rows.slots[r]];
+  slot.mask.clear();
+  Row& row = workspace.row;
+  if (was_edited && !row.load(rows.of(r), rows.vocab_size)) {
+    result.token_ids[r] = StepResult::kNoneLeft;
+    return;
+  }
+  const double u =
+      uniform(slot.params.seed, static_cast<uint32_t>(rows.positions[r]), slot.params.sample_index);
+  const int32_t token = sampling::choose(row, slot.params, rows.vocab_size, u, workspace.candidates,
+                                         slot.mirostat_mu);
+  result.token_ids[r] = token;
+  if (slot.keeps_history) slot.history.append(token);
+  if (slot.params.mirostat_tau > 0) result.mirostat_mu[r] = slot.mirostat_mu;
+}
+
+void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
+                     const int32_t* slots, const int32_t* positions, StepResult& result) {
+  const Rows rows{logits, num_rows, vocab_size, slots, positions};
+  require_rows(rows);
+  prepare(ctx, rows, result);
+  if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
+    workspaces_.resize(ctx.pool.num_threads());
+  }
+  if (processed_originals_.size() < processed_rows_.size()) {
+    processed_originals_.resize(processed_rows_.size());
+  }
+  auto logprob = [&](int64_t r, float logit) {
+    return static_cast<float>(logit - row_log_total_[r]);
+  };
+  ctx.pool.parallel_for(num_rows, [&](int64_t r, int worker) {
+    Workspace& workspace = workspaces_[worker];
+    const Slot& slot = slots_[slots[r]];
+    if (!workspace.row.load(rows.of(r), vocab_size)) {
+      result.token_ids[r] = StepResult::kNotFinite;
+      return;
+    }
+    const bool scored = slot.params.logprobs >= 0;
+    if (slot.params.logprobs > 0) {
+      add_top_logprobs(workspace.row, workspace.candidates,
+                       std::min(slot.params.logprobs, vocab_size), row_log_total_[r],
+                       result.top_logprobs[r]);
+    }
+    if (slot.params.has_processor) {
+      const auto place = std::lower_bound(processed_rows_.begin(), processed_rows_.end(), r);
+      if (scored) {
+        processed_originals_[place - processed_rows_.begin()].assign(rows.of(r),
+                                                                     rows.of(r) + vocab_size);
+      }
+      edit(rows, r, workspace);
+      return;  // to be continued after the processor
+    }
+    const bool edits = slot.is_edited || !slot.mask.empty();
+    if (edits) edit(rows, r, workspace);
+    finish(rows, r, workspace, edits, result);
+    const int32_t token = result.token_ids[r];
+    if (scored && token >= 0) {
+      result.logprobs[r] = logprob(r, edits ? workspace.edited.original(token) : rows.of(r)[token]);
+    }
+  });
+  if (processed_rows_.empty()) return;
+  for (int32_t r : processed_rows_) {
+    if (result.token_ids[r] == 0) result.token_ids[r] = run_processor(rows, r);
+  }
+  ctx.pool.parallel_for(static_cast<int64_t>(processed_rows_.size()), [&](int64_t i, int worker) {
+    const int32_t r = processed_rows_[i];
+    if (result.token_ids[r] < 0) return;
+    finish(rows, r, workspaces_[worker], true, result);
+    const int32_t token = result.token_ids[r];
+    if (token >= 0 && slots_[slots[r]].params.logprobs >= 0) {
+      result.logprobs[r] = logprob(r, processed_originals_[i][token]);
+    }
   });
 }
 
-void Sampler::sample_row(Workspace& workspace, const float* logits, int32_t vocab_size,
-                         const SlotParams& params, int32_t position, int64_t r,
-                         StepResult& result) {
-  Row& row = workspace.row;
-  if (!row.load(logits, vocab_size)) {
-    result.token_ids[r] = StepResult::kNotFinite;
-  } else if (params.temperature == 0.0f) {
-    result.token_ids[r] = row.argmax();
-  } else {
-    const double u = uniform(params.seed, static_cast<uint32_t>(position), params.sample_index);
-    result.token_ids[r] = choose(row, workspace.candidates, params, vocab_size, u);
+void Sampler::process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
+                      const int32_t* slots, const int32_t* positions) {
+  const Rows rows{logits, num_rows, vocab_size, slots, positions};
+  require_rows(rows);
+  if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
+    workspaces_.resize(ctx.pool.num_threads());
   }
-}
-
-void Sampler::add_logprobs(Workspace& workspace, const float* logits, int32_t vocab_size,
-                           double log_total, int32_t top_n, int64_t r, StepResult& result) {
-  result.logprobs[r] = static_cast<float>(logits[result.token_ids[r]] - log_total);
-  const int32_t count = std::min(top_n, vocab_size);
-  if (count == 0) return;
-  std::vector<Candidate>& best = workspace.candidates;
-  workspace.row.load(logits, vocab_size);
-  workspace.row.select_top_k(count, best);
-  std::partial_sort(best.begin(), best.begin() + count, best.end(), sampling::better);
-  for (int32_t i = 0; i < count; ++i) {
-    result.top_logprobs[r].emplace_back(best[i].id, static_cast<float>(best[i].logit - log_total));
+  constexpr float kCutOff = -std::numeric_limits<float>::infinity();
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const Slot& slot = slots_[slots[r]];
+    Workspace& workspace = workspaces_[0];
+    float* x = rows.of(r);
+    edit(rows, r, workspace);
+    if (slot.params.has_processor && run_processor(rows, r) != 0) {
+      throw RequestError("the logits processor of slot " + std::to_string(slots[r]) + " failed");
+    }
+    if (!workspace.row.load(x, vocab_size) || slot.params.temperature == 0.0f) continue;
+    const float scale = sampling::inverse_temperature(slot.params.temperature);
+    double total = 0;
+    if (!sampling::cut_off(workspace.row, slot.params, slot.mirostat_mu, vocab_size,
+                           workspace.candidates, total)) {
+      for (int32_t i = 0; i < vocab_size; ++i) x[i] *= scale;
+      continue;
+    }
+    std::fill_n(x, vocab_size, kCutOff);
+    for (const Candidate& c : workspace.candidates) x[c.id] = c.logit * scale;
   }
 }
 

@@ -1,33 +1,31 @@
-// Logits to tokens: temperature, top-k, top-p, greedy choice, log-probabilities.
+// Logits to tokens: edits, temperature, cut-offs, the draw, log-probabilities; parameters and state
+// of each request by slot.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <utility>
 #include <vector>
 
 #include "ops/exec_context.h"
+#include "sampling/edits.h"
+#include "sampling/history.h"
+#include "sampling/params.h"
 #include "sampling/row.h"
 
 namespace pyengine {
 
-struct SlotParams {
-  float temperature = 1.0f;  // 0: greedy
-  int32_t top_k = 0;         // 0: all; tokens that tie with the k-th are kept, as in transformers
-  double top_p = 1.0;  // smallest set of best tokens whose probability reaches it; at least one
-  uint64_t seed = 0;   // of the request
-  uint64_t sample_index = 0;  // which of the request's n samples
-  int32_t logprobs = -1;      // -1: none; n: the chosen token's and the n best ones'
-};
-
 struct StepResult {
-  // Instead of a token: the row's logits hold NaN or +infinity, or are all -infinity. The other
-  // rows are not affected.
-  static constexpr int32_t kNotFinite = -1;
+  // Instead of a token, where a row has none; the other rows are not affected.
+  static constexpr int32_t kNotFinite = -1;  // logits hold NaN or +infinity, or are all -infinity
+  static constexpr int32_t kNoneLeft = -2;   // the request's own edits forbid every token
+  static constexpr int32_t kProcessorFailed = -3;
 
-  std::vector<int32_t> token_ids;  // (R,) kNotFinite: see there
+  std::vector<int32_t> token_ids;  // (R,)
   std::vector<float> logprobs;     // (R,) NaN where none were asked for
   // (R, n of each) token id, log-probability; best first, equals by lower id
   std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
+  std::vector<double> mirostat_mu;  // (R,) after the row's draw; empty if no row uses Mirostat
 
   // Of the rows that were scored, not sampled (GPT2::step).
   std::vector<float> scores;  // (R,) log-probability of the target; NaN: the logits are no numbers
@@ -36,35 +34,77 @@ struct StepResult {
 
 class Sampler {
  public:
+  // Edits logits (vocab_size,) of a slot whose sequence has tokens[0, n); false: it failed. Called
+  // by the thread that called sample(), for one row after another.
+  using Processor = std::function<bool(int32_t slot, const int32_t* tokens, int64_t n,
+                                       float* logits, int32_t vocab_size)>;
+
   explicit Sampler(int32_t num_slots);
 
   int32_t num_slots() const { return static_cast<int32_t>(slots_.size()); }
 
   // Throws RequestError naming the parameter.
-  void set(int32_t slot, const SlotParams& params);
+  void set(int32_t slot, SlotParams params, const SlotStart& start = {});
   void require_slot(int32_t slot) const;
 
-  // One token per row of logits (R, vocab_size). The random number of row r depends on its slot's
-  // seed and sample_index and on positions[r], the position that the new token will have.
-  // A row whose logits are not numbers gets kNotFinite.
-  void sample(ExecContext& ctx, const float* logits, int64_t num_rows, int32_t vocab_size,
+  // Which tokens the next one may be; holds for one call of sample().
+  void set_mask(int32_t slot, const uint32_t* words, int64_t num_words);
+
+  void set_processor(Processor processor) { processor_ = std::move(processor); }
+
+  // One token per row of logits (R, vocab_size), which are edited in place. The random number of
+  // row r depends on its slot's seed and sample_index and on positions[r], the position that the
+  // new token will have. A slot that keeps a history has one row at most, and its token joins it.
+  void sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
               const int32_t* slots, const int32_t* positions, StepResult& result);
 
+  // What transformers calls processed scores, in place of the logits: edited, divided by the
+  // temperature (as they are if that is 0), -infinity where cut off. Changes no state.
+  void process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
+               const int32_t* slots, const int32_t* positions);
+
  private:
+  struct Slot {
+    SlotParams params;
+    bool is_edited = false;  // any edit but a mask
+    bool keeps_history = false;
+    sampling::TokenHistory history;
+    sampling::TokenMask allowed;  // of allowed_token_ids
+    sampling::TokenMask mask;     // of set_mask, empty where there is none
+    int64_t num_prompt = 0;
+    double mirostat_mu = 0;
+    int64_t last_call = 0;  // of sample(): finds slots that occur twice
+  };
   struct Workspace {
     sampling::Row row;
+    sampling::EditedRow edited;
     std::vector<sampling::Candidate> candidates;
   };
+  struct Rows {  // of one call
+    float* logits;
+    int64_t count;
+    int32_t vocab_size;
+    const int32_t* slots;
+    const int32_t* positions;
+    float* of(int64_t r) const { return logits + r * vocab_size; }
+  };
 
-  static void sample_row(Workspace& workspace, const float* logits, int32_t vocab_size,
-                         const SlotParams& params, int32_t position, int64_t r, StepResult& result);
-  static void add_logprobs(Workspace& workspace, const float* logits, int32_t vocab_size,
-                           double log_total, int32_t top_n, int64_t r, StepResult& result);
+  void require_rows(const Rows& rows);
+  void prepare(ExecContext& ctx, const Rows& rows, StepResult& result);
+  void edit(const Rows& rows, int64_t r, Workspace& workspace);
+  int32_t run_processor(const Rows& rows, int64_t r);
+  void finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
+              StepResult& result);
 
-  std::vector<SlotParams> slots_;
+  std::vector<Slot> slots_;
+  Processor processor_;
   std::vector<Workspace> workspaces_;  // one per worker, grown once
   std::vector<int32_t> scored_rows_;
-  std::vector<double> log_totals_;
+  std::vector<double> log_totals_;       // of scored_rows_
+  std::vector<double> row_log_total_;    // (R,) where log-probabilities are wanted
+  std::vector<int32_t> processed_rows_;  // of slots with a processor
+  std::vector<std::vector<float>> processed_originals_;
+  int64_t num_calls_ = 0;
 };
 
 }  // namespace pyengine

@@ -23,6 +23,13 @@ struct Context {
   ExecContext ctx;
 };
 
+SlotParams greedy(int32_t logprobs) {
+  SlotParams params;
+  params.temperature = 0;
+  params.logprobs = logprobs;
+  return params;
+}
+
 // Weights in memory, every parameter random.
 struct Checkpoint {
   explicit Checkpoint(const GPT2Config& c) {
@@ -195,7 +202,7 @@ TEST(steps_sample_the_last_tokens_of_those_that_ask) {
   auto a = random_tokens(1, 20, config.vocab_size), b = random_tokens(2, 9, config.vocab_size);
   KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
   Sampler sampler(4);
-  sampler.set(3, {0.0f, 0, 1.0, 0, 0, 2});
+  sampler.set(3, greedy(2));
   BatchBuilder builder;
   builder.add(a, 0, 20, {4, 1});
   builder.add(b, 0, 9, {0});
@@ -330,7 +337,7 @@ TEST(numbers_that_are_none_mark_one_sequence) {
   GPT2 model(c.ctx, config, checkpoint.tensors, DType::f32);
   KVCache kv(config.n_layer, layout_of(config, DType::f32), 8);
   Sampler sampler(3);
-  for (int32_t slot = 0; slot < 3; ++slot) sampler.set(slot, {0.0f, 0, 1.0, 0, 0, 1});
+  for (int32_t slot = 0; slot < 3; ++slot) sampler.set(slot, greedy(1));
   const auto tokens = random_tokens(3, 6, config.vocab_size);
   auto step = [&](const std::vector<int>& lengths) {
     BatchBuilder builder;

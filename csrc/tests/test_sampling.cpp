@@ -225,6 +225,59 @@ TEST(whole_tiles_of_masked_tokens_weigh_nothing) {
   }
 }
 
+TEST(edits_and_cuts_stay_within_the_row) {
+  Fixture f(2);
+  const int32_t vocab = 77, rows = 6;
+  Sampler sampler(rows);
+  const std::vector<int32_t> prompt{1, 2, 3, 76, 1, 2};
+  for (int variant = 0; variant < 60; ++variant) {
+    std::vector<int32_t> slots(rows), positions(rows, static_cast<int32_t>(prompt.size()));
+    for (int32_t r = 0; r < rows; ++r) {
+      SlotParams p;
+      // Ids beyond the vocabulary: a tokenizer may know more tokens than the model.
+      if (variant % 2 == 0) p.logit_bias = {{{76}, 3.0f}, {{1, 2, 5}, -1.0f}, {{900}, 1.0f}};
+      if (variant % 3 == 0) p.allowed_token_ids = {0, 31, 32, 63, 64, 76, 500};
+      p.repetition_penalty = 1.0f + 0.1f * static_cast<float>(variant % 4);
+      p.presence_penalty = 0.5f * static_cast<float>(variant % 3);
+      p.no_repeat_ngram_size = variant % 5;
+      if (variant % 4 == 0) p.bad_words = {{2, 3}, {900}, {5}};
+      p.min_tokens = variant % 2;
+      p.stop_ids = {76, 900};
+      if (variant % 7 > 3) p.min_p = 0.1;
+      if (variant % 7 > 4) p.typical_p = 0.5;
+      if (variant % 6 > 3) p.eta_cutoff = 0.01;
+      if (variant % 6 > 4) p.epsilon_cutoff = 0.02;
+      if (variant % 11 == 0) p.mirostat_tau = 3.0;
+      p.seed = r;
+      p.logprobs = r;
+      SlotStart start;
+      start.tokens = prompt.data();
+      start.num_tokens = static_cast<int64_t>(prompt.size());
+      start.num_prompt = 3;
+      slots[r] = r;
+      sampler.set(r, p, start);
+      const std::vector<uint32_t> mask{~0u, 0u, 0x1ffu};
+      if (r % 2 == 1) sampler.set_mask(r, mask.data(), r == 1 ? 1 : 3);
+    }
+    for (int step = 0; step < 5; ++step) {
+      auto logits = random_logits(variant * 10 + step, rows * vocab, 2.0f);
+      const auto raw = logits;
+      StepResult result;
+      sampler.sample(f.ctx, logits.data(), rows, vocab, slots.data(), positions.data(), result);
+      for (int32_t r = 0; r < rows; ++r) {
+        const int32_t token = result.token_ids[r];
+        CHECK(token >= 0 && token < vocab);
+        if (step == 0 && r == 1) CHECK(token < 32);
+        CHECK_EQ(result.top_logprobs[r].size(), static_cast<size_t>(r));
+        for (auto [id, logprob] : result.top_logprobs[r]) {
+          if (id == token) CHECK_EQ(logprob, result.logprobs[r]);
+        }
+        ++positions[r];
+      }
+    }
+  }
+}
+
 TEST(parameters_are_checked) {
   Sampler sampler(2);
   auto with = [](auto change) {

@@ -6,7 +6,7 @@ bfloat16 and float16 arrays travel as ``uint16`` with the dtype named beside the
 Errors are the classes of ``pyengine.errors``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -143,21 +143,57 @@ class Sampler:
         self,
         slot: int,
         *,
+        token_ids: _Int32Buffer | None = None,  # (n,) the sequence so far: what penalties and bans look at
+        num_prompt: int = 0,  # how many of them are the prompt's
+        # Edits of the logits, in this order
+        logit_bias: Sequence[tuple[Sequence[int], float]] = (),  # added to the last id after the ones before
+        allowed_token_ids: Sequence[int] = (),  # none: all
+        repetition_penalty: float = 1.0,  # prompt and new tokens: x / penalty above 0, x * penalty below
+        presence_penalty: float = 0.0,  # new tokens: x - penalty
+        frequency_penalty: float = 0.0,  # new tokens: x - penalty * count
+        no_repeat_ngram_size: int = 0,
+        bad_words: Sequence[Sequence[int]] = (),  # sequences that must not be completed
+        min_tokens: int = 0,  # new tokens before one of stop_ids may come
+        stop_ids: Sequence[int] = (),
+        processor: Callable[[npt.NDArray[np.int32], npt.NDArray[np.float32]], object] | None = None,
         temperature: float = 1.0,  # 0: greedy; refused if float32 makes it infinite or 0
+        # Cuts, in this order, each on the distribution that the one before left
         top_k: int = 0,  # 0: all
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        typical_p: float = 1.0,
+        epsilon_cutoff: float = 0.0,
+        eta_cutoff: float = 0.0,
+        mirostat_tau: float = 0.0,  # above 0: Mirostat 2 in place of all cuts
+        mirostat_eta: float = 0.1,
+        mirostat_mu: float | None = None,  # as the last step reported it
         seed: int = 0,  # 64 bits
         sample_index: int = 0,  # which of the n samples of the request
         logprobs: int = -1,  # -1: none; n: the chosen token's and the n best ones'
-    ) -> None: ...
+    ) -> None:
+        """Begin a request in a slot, or go on with one that was preempted.
+
+        ``processor`` is called with the token ids (n,) and the logits (V,) after the mask and before the
+        temperature; it edits the logits in place, or returns others. What it raises waits in `take_error`.
+        """
+    def set_mask(self, slot: int, mask: _Int32Buffer) -> None:
+        """Tokens that the next one may be: bit id % 32 of word id // 32. Holds for one draw; ids beyond the
+        end of the mask may not come."""
+    def take_error(self, slot: int) -> BaseException | None:
+        """What the slot's processor raised, once."""
     def sample(
         self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: _Int32Buffer, positions: _Int32Buffer
     ) -> StepResult:
-        """Sample one token per row of logits (R, V); for tests and custom processors.
+        """Sample one token per row of logits (R, V), as ``Model.step`` does.
 
         ``slots`` (R,) int32; ``positions`` (R,) int32: the position each new token will have, which selects
-        the random number.
+        the random number. A slot that has to know its tokens may have one row, and adds the token to them.
         """
+    def process(
+        self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: _Int32Buffer, positions: _Int32Buffer
+    ) -> npt.NDArray[np.float32]:
+        """The scores (R, V) that ``sample`` would draw from: edited, divided by the temperature (unless that
+        is 0), -infinity where a token is banned or cut off. Changes nothing in the slots."""
 
 class StepResult:
     """Result of one step, in the order of the sequences that sampled (request_slot >= 0)."""
@@ -165,7 +201,9 @@ class StepResult:
     @property
     def token_ids(self) -> list[int]:
         """-1 for a row whose logits hold NaN or +infinity, or are all -infinity: nothing can be drawn from
-        them. Its log-probability is NaN, its list of best tokens empty; the other rows are not affected."""
+        them; its list of best tokens is empty. -2 where the slot's own edits forbid every token, -3 where its
+        processor failed (`Sampler.take_error`). Such a row's log-probability is NaN; the other rows are not
+        affected."""
     @property
     def logprobs(self) -> list[float]:
         """Log-probability of each token under the model's distribution (temperature 1, nothing cut off);
@@ -173,6 +211,10 @@ class StepResult:
     @property
     def top_logprobs(self) -> list[list[tuple[int, float]]]:
         """The n best (token id, log-probability), best first, per sampled sequence."""
+    @property
+    def mirostat_mu(self) -> list[float]:
+        """The bound of each row's Mirostat after its draw, NaN where there is none; empty without any. Hand
+        it to `Sampler.set` after preemption."""
     @property
     def scores(self) -> list[float]:
         """Log-probability of each target (R,); NaN where the logits hold NaN or +infinity."""
