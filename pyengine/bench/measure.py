@@ -30,16 +30,19 @@ class Result:
 
 
 def run(llm: Any, workload: Workload, result: Result | None = None) -> tuple[float, float]:
-    """Seconds of a call for one token each, and of the whole workload; greedy, whatever tokens come.
+    """Seconds until the first token, and of the whole workload; greedy, whatever tokens come.
 
-    Where the rate needs no time to the first token (``total``), only the second call is made.
+    The first are those of a call for one token each, unless the workload has them from the same call; where
+    the rate needs none (``total``), they are 0.
     """
-    first = whole = 0.0
-    if workload.rate != "total":
-        first = whole = _call(llm, workload, [1] * len(workload.prompts), result)
-    if workload.rate != "prefill":
-        whole = _call(llm, workload, workload.new_tokens, result)
-    return first, whole
+    if workload.rate == "prefill":
+        first, _ = _call(llm, workload, [1] * len(workload.prompts), result)
+        return first, first
+    first = 0.0
+    if workload.rate == "decode" and not workload.own_ttft:
+        first, _ = _call(llm, workload, [1] * len(workload.prompts), result)
+    whole, ttft = _call(llm, workload, workload.new_tokens, result)
+    return (ttft if workload.own_ttft else first), whole
 
 
 def require_fits(llm: Any, workload: Workload) -> None:
@@ -53,7 +56,10 @@ def require_fits(llm: Any, workload: Workload) -> None:
         )
 
 
-def _call(llm: Any, workload: Workload, new_tokens: Sequence[int], result: Result | None = None) -> float:
+def _call(
+    llm: Any, workload: Workload, new_tokens: Sequence[int], result: Result | None = None
+) -> tuple[float, float]:
+    """Seconds of one ``generate``, and until the first token of its first prompt."""
     from pyengine import SamplingParams
 
     params = [SamplingParams(temperature=0, max_tokens=new, ignore_eos=True) for new in new_tokens]
@@ -62,7 +68,7 @@ def _call(llm: Any, workload: Workload, new_tokens: Sequence[int], result: Resul
     seconds = time.perf_counter() - start
     if result is not None:
         result.cached_tokens += sum(output.metrics.cached_tokens for output in outputs)
-    return seconds
+    return seconds, outputs[0].metrics.ttft
 
 
 def measure(

@@ -36,13 +36,14 @@ class Workload:
     prompts: list[list[int]]
     new_tokens: list[int]
     rate: str  # of RATES
+    own_ttft: bool = False  # time the first token in the same call, not in one of its own as the peers do
 
     @property
     def num_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
     def tokens_per_second(self, ttft: float, total: float) -> float:
-        """``ttft``: seconds of a call for one new token each; ``total``: of the whole workload."""
+        """``ttft``: seconds until the first new token; ``total``: of the whole workload."""
         if self.rate == "prefill":
             return self.num_prompt_tokens / ttft
         if self.rate == "decode":
@@ -70,7 +71,9 @@ def of_size(sequences: int, prompt_tokens: int, new_tokens: int, vocab_size: int
     if sequences > 1:
         name = f"{sequences}x({name})"
     rate = "prefill" if new_tokens == 1 else "decode" if sequences == 1 else "total"
-    return Workload(name, token_ids(sequences, prompt_tokens, vocab_size), [new_tokens] * sequences, rate)
+    return Workload(
+        name, token_ids(sequences, prompt_tokens, vocab_size), [new_tokens] * sequences, rate, own_ttft=True
+    )
 
 
 def _stream() -> Iterator[int]:
