@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PyEngineError,
         RequestError,
         TokenizerError,
+        TrainingError,
     )
     from pyengine.llm import LLM
     from pyengine.outputs import (
@@ -58,6 +59,7 @@ __all__ = [
     "ScoreOutput",
     "StreamDelta",
     "TokenizerError",
+    "TrainingError",
     "__version__",
 ]
 

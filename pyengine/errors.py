@@ -15,6 +15,7 @@ __all__ = [
     "PyEngineError",
     "RequestError",
     "TokenizerError",
+    "TrainingError",
 ]
 
 
@@ -36,6 +37,10 @@ class TokenizerError(PyEngineError):
 
 class RequestError(PyEngineError, ValueError):
     """A prompt or its sampling parameters cannot be served; other requests are not affected."""
+
+
+class TrainingError(PyEngineError):
+    """Training cannot go on: the loss is not finite, or a checkpoint cannot be written."""
 
 
 class OutOfMemory(PyEngineError, MemoryError):

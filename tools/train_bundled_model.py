@@ -114,7 +114,7 @@ def mean_loss(model: GPT2, stream: Tensor, context: int) -> float:
     ids, targets = windows[:-1].view(-1, context), windows[1:].view(-1, context)
     with torch.no_grad():
         parts = [
-            float(model.loss(i, t)) * len(i)
+            float(model(i, t)) * len(i)
             for i, t in zip(torch.split(ids, 8), torch.split(targets, 8), strict=True)
         ]
     model.train()
@@ -222,8 +222,8 @@ def train(
         windows = batch_of_step(stream, step, args)
         torch.manual_seed(args.seed * 1_000_003 + step)  # dropout
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(windows[:, :-1], windows[:, 1:])
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = model(windows[:, :-1], windows[:, 1:])
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()

@@ -22,6 +22,8 @@ _COMMANDS = {
     "generate": "Continue prompts.",
     "score": "Log-probability and perplexity of texts; rank choices.",
     "tokenize": "Text to token ids, and back.",
+    "train": "Train a model and its tokenizer from text, or finetune one.",
+    "eval": "Perplexity of a checkpoint on texts, beside an n-gram model.",
     "bench": "Speed on fixed workloads, beside what the machine allows.",
     "inspect": "What a checkpoint is and what memory it needs.",
     "doctor": "Check this machine and this installation.",

@@ -1,6 +1,6 @@
 """GPT-2 in plain PyTorch: the one reference every kernel is compared with, and the model the trainer trains.
 
-Letters in the shape comments: B sequences, T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary.
+Letters in the shape comments: B sequences of T tokens, C channels (n_embd), H heads, D = C / H, V vocabulary.
 
 The modules carry Hugging Face's parameter names (``transformer.h.0.attn.c_attn.weight`` ...), so a
 checkpoint loads by name. One thing differs: Hugging Face keeps the four dense layers of a block as "Conv1D",
@@ -57,16 +57,26 @@ class ModelConfig:
         """Take the known fields of a parsed ``config.json`` and ignore the others."""
         return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` needs for `transformers` to build the same model."""
+    def to_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """What ``config.json`` needs for `transformers` to build the same model; weights are ``dtype``."""
         kind = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-        return {**kind, **dataclasses.asdict(self)}
+        return {**kind, **dataclasses.asdict(self), "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def add_projection(residual: Tensor, y: Tensor, linear: nn.Module, dropout: nn.Dropout) -> Tensor:
+    """``residual + dropout(linear(y))``; one product that adds to the residual where nothing is between."""
+    plain = type(linear) is nn.Linear and getattr(linear, "bias", None) is None  # no adapter, no bias
+    plain = plain and not (dropout.training and dropout.p)
+    if plain and not torch.is_autocast_enabled(y.device.type):  # autocast would round the residual
+        assert isinstance(linear, nn.Linear)
+        return torch.addmm(residual, y, linear.weight.t())
+    return residual + dropout(linear(y))
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+    """Causal multi-head self-attention with its residual connection; x and residual are (B T, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dropout: float, bias: bool) -> None:
         super().__init__()
         self.n_head = config.n_head
         self.scale = 1.0
@@ -74,61 +84,65 @@ class Attention(nn.Module):
             self.scale /= math.sqrt(config.n_embd // config.n_head)
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, c = x.shape
-        q, k, v = (y.view(b, t, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(c, dim=2))
+    def forward(self, x: Tensor, residual: Tensor, batch_size: int) -> Tensor:
+        n, c = x.shape
+        heads = (batch_size, n // batch_size, self.n_head, c // self.n_head)  # B, T, H, D
+        q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(c, dim=1))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(b, t, c))
+        return add_projection(residual, y.transpose(1, 2).reshape(n, c), self.c_proj, self.dropout)
 
 
 class MLP(nn.Module):
-    """Two dense layers with the activation between them, (B, T, C) -> (B, T, C)."""
+    """Two dense layers with the activation between them, and the residual connection; all (B T, C)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dropout: float, bias: bool) -> None:
         super().__init__()
         n_inner = config.n_inner or 4 * config.n_embd
         self.activation = ACTIVATIONS[config.activation_function]
-        self.c_fc = nn.Linear(config.n_embd, n_inner)
-        self.c_proj = nn.Linear(n_inner, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, n_inner, bias=bias)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return add_projection(residual, self.activation(self.c_fc(x)), self.c_proj, self.dropout)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, (B, T, C) -> (B, T, C)."""
+    """Pre-norm residual block, (B T, C) -> (B T, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, layer: int, dropout: float, bias: bool) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-        self.dropout = nn.Dropout(dropout)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=bias)
+        self.attn = Attention(config, layer, dropout, bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=bias)
+        self.mlp = MLP(config, dropout, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x)))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+    def forward(self, x: Tensor, batch_size: int) -> Tensor:
+        x = self.attn(self.ln_1(x), x, batch_size)
+        return self.mlp(self.ln_2(x), x)
 
 
 class Transformer(nn.Module):
-    """Token ids (B, T) -> final hidden states (B, T, C)."""
+    """Token ids (B, T) -> final hidden states (B T, C): tokens of all sequences as rows of one matrix."""
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    def __init__(self, config: ModelConfig, dropout: float, bias: bool) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.h = nn.ModuleList(Block(config, layer, dropout) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(Block(config, layer, dropout, bias) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon, bias=bias)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
+        b, t = ids.shape
+        x = self.wte(ids) + self.wpe(torch.arange(t, device=ids.device))
+        x = self.dropout(x).flatten(0, 1)
         for block in self.h:
-            x = block(x)
+            x = block(x, b)
         return self.ln_f(x)
 
 
@@ -136,13 +150,14 @@ class GPT2(nn.Module):
     """GPT-2 language model: token ids (B, T) -> logits (B, T, V).
 
     Dropout acts on the embeddings and on both residual branches while training; attention weights have
-    none (PyTorch's fused CPU attention cannot drop them, and a small model does not miss it).
+    none (PyTorch's fused CPU attention cannot drop them, and a small model does not miss it). Without
+    ``bias`` the dense layers and norms have no biases; exported checkpoints have zeros in their place.
     """
 
-    def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
+    def __init__(self, config: ModelConfig, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config, dropout)
+        self.transformer = Transformer(config, dropout, bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
@@ -161,24 +176,19 @@ class GPT2(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.lm_head(self.transformer(ids))
-
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats; ids and targets (B, T)."""
-        return F.cross_entropy(self(ids).flatten(0, 1).float(), targets.flatten())
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); with ``targets`` (B, T) the mean cross-entropy in nats instead, a scalar."""
+        logits = self.lm_head(self.transformer(ids))
+        if targets is None:
+            return logits.unflatten(0, ids.shape)
+        return F.cross_entropy(logits.float(), targets.flatten())
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def to_huggingface(self) -> dict[str, Tensor]:
         """State dict in the names and layouts of `transformers`' GPT2LMHeadModel, without a tied head."""
-        tensors = {}
-        for name, value in self.state_dict().items():
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
-                continue
-            tensors[name] = (value.T if name.endswith(CONV1D) else value).detach().contiguous()
-        return tensors
+        return to_huggingface(self.state_dict(), self.config)
 
     def from_huggingface(self, tensors: Mapping[str, Tensor]) -> None:
         """Load a Hugging Face state dict, its names with or without ``transformer.``; buffers are ignored."""
@@ -192,6 +202,11 @@ class GPT2(nn.Module):
             if source is None:
                 raise KeyError(f"the state dict has neither {name} nor {short}")
             state[name] = source.T if name.endswith(CONV1D) else source
+            bias = (name.removesuffix("weight") + "bias").removeprefix("transformer.")
+            if bias.endswith(".bias") and f"transformer.{bias}" not in self.state_dict():
+                value = tensors.get(f"transformer.{bias}", tensors.get(bias))
+                if value is not None and value.any():
+                    raise ValueError(f"{bias} is not zero, but this model has no biases")
         self.load_state_dict(state)
 
     @classmethod
@@ -214,10 +229,22 @@ class GPT2(nn.Module):
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        name = str(dtype).removeprefix("torch.")
-        config = json.dumps({**self.config.to_dict(), "torch_dtype": name}, indent=2)
+        config = json.dumps(self.config.to_dict(dtype), indent=2)
         (directory / "config.json").write_text(config + "\n", encoding="utf-8")
         tensors = {name: value.to(dtype) for name, value in self.to_huggingface().items()}
         file = directory / "model.safetensors"
         save_file(tensors, str(file), metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def to_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A state dict of GPT2 in the names and layouts of `transformers`, without a tied head, with biases."""
+    tensors = {}
+    for name, value in state.items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensors[name] = (value.T if name.endswith(CONV1D) else value).detach().contiguous()
+        bias = name.removesuffix("weight") + "bias"
+        if name.startswith("transformer.") and "wte" not in name and "wpe" not in name and bias not in state:
+            tensors[bias] = value.new_zeros(len(value))
+    return tensors

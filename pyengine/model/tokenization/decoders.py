@@ -92,6 +92,45 @@ class PieceDecoder(TextDecoder):
         return ""
 
 
+class ByteFallbackDecoder(TextDecoder):
+    """Pieces and, between them, runs of bytes ("<0xE6>"), as `tokenizers`' ByteFallback joins them.
+
+    A run that is not UTF-8 as a whole is one U+FFFD per byte, so that a run is certain only behind its last
+    byte. ``space`` is the character that spells a space.
+    """
+
+    def __init__(self, table: TokenTable[str | None], space: str) -> None:
+        """The table holds None for tokens that are left out."""
+        self._table = table
+        self._space = space
+        self._bytes = b""
+
+    def push(self, ids: Sequence[int]) -> str:
+        texts = []
+        for token_id in ids:
+            piece = self._table[token_id]
+            if piece is None:
+                continue
+            byte = self._BYTE.fullmatch(piece)
+            if byte:
+                self._bytes += bytes.fromhex(byte[1])
+            else:
+                texts += [self._end_run(), piece.replace(self._space, " ")]
+        return "".join(texts)
+
+    def finish(self) -> str:
+        return self._end_run()
+
+    _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+    def _end_run(self) -> str:
+        data, self._bytes = self._bytes, b""
+        try:
+            return data.decode("utf-8").replace(self._space, " ")
+        except UnicodeDecodeError:
+            return "\ufffd" * len(data)
+
+
 class WholeDecoder(TextDecoder):
     """For decoders of `tokenizers` that are not described here: exact, but all text comes at the end."""
 

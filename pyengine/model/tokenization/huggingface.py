@@ -21,6 +21,7 @@ from pyengine.model.json_file import read_json_object, show
 from pyengine.model.tokenization.config import TokenizerConfig, TokenSpec
 from pyengine.model.tokenization.decoders import (
     ByteDecoder,
+    ByteFallbackDecoder,
     CleanUpDecoder,
     PieceDecoder,
     TextDecoder,
@@ -71,6 +72,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         state = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self._decoder_type = "" if state is None else state.get("type", "?")
+        self._fallback_space = _fallback_space(state)
         model = type(backend.model).__name__
         self.kind = "byte-level BPE" if (model, self._decoder_type) == ("BPE", "ByteLevel") else model
         self._bytes = {skip: TokenTable(self._bytes_lookup(skip)) for skip in (False, True)}
@@ -79,6 +81,7 @@ class HuggingFaceTokenizer(Tokenizer):
             for skip in (False, True)
             for first in (False, True)
         }
+        self._pieces = {skip: TokenTable(self._piece_lookup(skip)) for skip in (False, True)}
 
     def _encode(self, text: str) -> list[int]:
         with _library_errors("the text cannot be encoded"):
@@ -97,8 +100,10 @@ class HuggingFaceTokenizer(Tokenizer):
         decoder: TextDecoder
         if self._decoder_type == "ByteLevel":
             decoder = ByteDecoder(self._bytes[skip])
-        elif self._decoder_type in ("", "WordPiece", "Metaspace"):
+        elif self._decoder_type in ("", "WordPiece", "Metaspace", "Fuse"):
             decoder = PieceDecoder(self._texts[skip, True], self._texts[skip, False])
+        elif self._fallback_space is not None:
+            decoder = ByteFallbackDecoder(self._pieces[skip], self._fallback_space)
         else:
             decoder = WholeDecoder(lambda ids: self._decode_whole(ids, skip), self.find_piece)
         return CleanUpDecoder(decoder) if self._clean_up else decoder
@@ -135,6 +140,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
         return lookup
 
+    def _piece_lookup(self, skip: bool) -> Any:
+        def lookup(token_id: int) -> str | None:
+            piece = self.find_piece(token_id)
+            return None if skip and piece in self._special_contents else piece
+
+        return lookup
+
     def _text_lookup(self, skip: bool, first: bool) -> Any:
         """What a token adds to the text, as the library's own decoder has it behind no or another token."""
 
@@ -149,6 +161,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 return self._backend.decoder.decode([*before, piece])[len(before) :]
 
         return lookup
+
+
+def _fallback_space(state: dict[str, Any] | None) -> str | None:
+    """The spelling of a space in a decoder of ByteFallback, Fuse, Replace; None for any other."""
+    parts = (state or {}).get("decoders", [])
+    if [part.get("type") for part in parts] != ["ByteFallback", "Fuse", "Replace"]:
+        return None
+    space, content = parts[2].get("pattern", {}).get("String"), parts[2].get("content")
+    return space if isinstance(space, str) and len(space) == 1 and content == " " else None
 
 
 def load_huggingface(config: TokenizerConfig, model_vocab_size: int | None) -> HuggingFaceTokenizer:

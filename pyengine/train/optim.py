@@ -1,0 +1,126 @@
+"""The optimisers, torch's own, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyengine.train.options import TrainOptions
+
+
+def learning_rate(options: TrainOptions, step: int) -> float:
+    """Of step ``step`` (from 0): linear warm-up, then the schedule from ``lr`` to ``min_lr``."""
+    assert options.lr is not None and options.min_lr is not None
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / (options.warmup_steps + 1)
+    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    if options.schedule == "constant":
+        left = 1.0
+    elif options.schedule == "linear":
+        left = 1.0 - progress
+    elif options.schedule == "wsd":  # warm-up, stable, decay
+        left = min(1.0, (1.0 - progress) / options.decay_fraction)
+    else:
+        left = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return options.min_lr + (options.lr - options.min_lr) * left
+
+
+class Flat:
+    """Parameters laid one after the other in one tensor, and their gradients in another.
+
+    The parameters become views, so that the whole group is updated, cleared and measured by one operation
+    each: on a small model the many small operations would take longer than the arithmetic.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.data = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
+        self.data.grad = torch.zeros_like(self.data)
+        at = 0
+        for parameter in parameters:
+            end = at + parameter.numel()
+            parameter.data = self.data.detach()[at:end].view_as(parameter)
+            parameter.grad = self.data.grad[at:end].view_as(parameter)
+            at = end
+
+
+class Optimizers:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Decoupled weight decay acts on matrices only (embeddings among them), never on gains and biases. Unless
+    the parameters are shards (``fsdp``) they are laid flat. Muon's step has the size of AdamW's
+    (``match_rms_adamw``), so that one learning rate suits both.
+    """
+
+    def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        hidden = [p for n, p in named if p.dim() == 2 and ".h." in n] if options.optimizer == "muon" else []
+        others = {id(p) for p in hidden}
+        decayed = [p for _, p in named if p.dim() >= 2 and id(p) not in others]
+        plain = [p for _, p in named if p.dim() < 2]
+        self.flat: list[Tensor] = []
+        sharded = options.parallel == "fsdp" and torch.distributed.is_initialized()
+        self.parameters: list[nn.Parameter] = [p for _, p in named]
+        groups: list[dict[str, Any]] = []
+        for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0)):
+            if parameters and not sharded:
+                parameters = [self._flatten(parameters)]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": decay})
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            betas = (options.beta1, options.beta2)
+            fused = device.type in ("cpu", "cuda") and not sharded
+            self.optimizers.append(torch.optim.AdamW(groups, lr=options.lr or 0.0, betas=betas, fused=fused))
+        if hidden:
+            self._flatten(hidden)
+            muon = torch.optim.Muon(
+                hidden,
+                lr=options.lr or 0.0,
+                weight_decay=options.weight_decay,
+                momentum=options.momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.optimizers.append(muon)
+        self._sharded = sharded
+
+    def _flatten(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter:
+        flat = Flat(parameters)
+        assert flat.data.grad is not None
+        self.flat.append(flat.data.grad)
+        return flat.data
+
+    def set_learning_rate(self, value: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = value
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients down to norm ``limit`` (0: do not); their norm before, a scalar."""
+        if self._sharded:
+            norm = nn.utils.clip_grad_norm_(self.parameters, limit or math.inf)
+            return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in self.flat]))
+        if limit:
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            for grad in self.flat:
+                grad.mul_(scale)
+        return norm
+
+    def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        for optimizer in self.optimizers:
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+
+    def zero_grad(self) -> None:
+        if self._sharded:
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        for grad in self.flat:
+            grad.zero_()
