@@ -27,7 +27,8 @@ Texts are files, globs, .jsonl files (a document per line), or - for standard in
 context are scored in windows that advance by --stride tokens: with half the context, the default, every token
 has at least half of it before it; a stride of the whole context but one is quickest and sees least.
 The n-gram model (interpolated Kneser-Ney) is the baseline: it predicts the same tokens from the n - 1 before.
-It learns from the training tokens where the checkpoint was made by pyengine-cli train, or from --ngram-data.
+It learns from the tokens that the checkpoint was trained on, where they are still in the directory that
+the train command wrote, or from --ngram-data.
 """
 
 

@@ -117,7 +117,7 @@ def _groups(source: Source) -> Iterator[list[str]]:
 
 
 def ngram_of_run(model: Path, order: int, vocab_size: int) -> KneserNey | None:
-    """An n-gram model of the tokens that ``pyengine-cli train`` had for this checkpoint; None without them."""
+    """An n-gram model of the tokens that ``pyengine-cli train`` had for a checkpoint; None without them."""
     for data in (model / "data", model.parent / "data"):
         manifest = data / "manifest.json"
         if not manifest.is_file():
