@@ -5,14 +5,14 @@
 //   s = (scale q) . k, a chain over channels, lanes are keys
 //   m = max s;  p = 2^(s - m);  l = sum p;  o = chain over the segment's keys of p v, from zero,
 //   lanes are channels
-// and segments are merged in order, into what starts as M = -infinity, L = O = 0:
+// and segments are merged in order, into M, L, O = m, l, o of the first:
 //   M' = max(M, m);  a = 2^(M - M');  b = 2^(m - M');  L = L a + l b;  O = O a + o b
-// At the end O / L. A row takes exactly the keys up to its own position: scores of later keys are
-// replaced, never computed with (unwritten cache may hold anything), and its chain over values ends
-// with its last key. So its result depends neither on the rows beside it nor on who computes which
-// segment.
+// At the end O (1 / L). A row takes exactly the keys up to its own position: scores of later keys
+// are replaced, never computed with (unwritten cache may hold anything), and its chain over values
+// ends with its last key. So its result depends neither on the rows beside it nor on who computes
+// which segment.
 //
-// This file holds the frame, and the two products in FMAs for each dtype of the cache.
+// This file holds the frame; the two products are in attention_fma.inl and attention_amx.inl.
 
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
@@ -38,6 +38,12 @@ struct AttentionState {
   int keys[kMaxAttentionRows] = {};  // of the segment that the row sees
 };
 
+PYENGINE_INLINE void exchange(float*& a, float*& b) {
+  float* const c = a;
+  a = b;
+  b = c;
+}
+
 PYENGINE_INLINE int64_t round_to_16(int64_t n) { return (n + 15) / 16 * 16; }
 
 static int padded_rows(int num_rows, int group) {
@@ -49,7 +55,7 @@ static int64_t state_floats(const AttentionJob& j, int units) {
   return units * (query + ops::kKeySegment + 2 * j.kv.head_dim_v) + 4 * round_to_16(units);
 }
 
-// Lays the state out in `scratch` (state_floats() of it) and starts it.
+// Lays the state out in `scratch`, state_floats() of it.
 static void start(AttentionState& s, int rows, float* scratch) {
   const AttentionJob& j = s.job;
   s.rows = rows;
@@ -68,20 +74,19 @@ static void start(AttentionState& s, int rows, float* scratch) {
   s.part_sum = take(round_to_16(s.units));
   s.max = take(round_to_16(s.units));
   s.sum = take(round_to_16(s.units));
-  for (int u = 0; u < s.units; ++u) {
-    s.max[u] = -__builtin_inff();
-    s.sum[u] = 0.0f;
-  }
-  for (int64_t i = 0; i < s.units * j.kv.head_dim_v; i += kLanes) store(s.out + i, zero());
+}
+
+static const float* query_of(const AttentionState& s, int unit) {
+  const int row = unit % s.rows, last = s.item.num_rows - 1;
+  return s.job.q + (s.item.row0 + (row < last ? row : last)) * s.job.channels +
+         (s.item.head0 + unit / s.rows) * s.job.kv.head_dim;
 }
 
 static void scale_queries(AttentionState& s) {
   const AttentionJob& j = s.job;
   const Vf scale = set1(j.scale);
   for (int u = 0; u < s.units; ++u) {
-    const int row = u % s.rows < s.item.num_rows ? u % s.rows : s.item.num_rows - 1;
-    const float* q =
-        j.q + (s.item.row0 + row) * j.channels + (s.item.head0 + u / s.rows) * j.kv.head_dim;
+    const float* q = query_of(s, u);
     float* to = s.query + u * s.query_stride;
     for (int64_t d = 0; d < s.query_stride; d += kLanes) {
       const int64_t left = j.kv.head_dim - d;
@@ -161,10 +166,10 @@ static void finish(const AttentionState& s) {
     if (row >= s.item.num_rows) continue;
     const int64_t at =
         (s.item.row0 + row) * j.channels + (s.item.head0 + u / s.rows) * j.kv.head_dim;
-    const Vf total = set1(s.sum[u]);
+    const Vf inverse = set1(1.0f / s.sum[u]);
     const float* from = s.out + u * j.kv.head_dim_v;
     for (int64_t d = 0; d < j.kv.head_dim; d += kLanes) {
-      const Vf o = div(load(from + d), total);
+      const Vf o = mul(load(from + d), inverse);
       if (j.out_bf16) {
         store_bf16_upto(static_cast<uint16_t*>(j.out) + at + d, o, j.kv.head_dim - d);
       } else {
@@ -181,7 +186,14 @@ static void merge_attention(const AttentionJob& j, const AttentionItem& item, co
   for (int segment = 0; segment < num_segments; ++segment) {
     for (int u = 0; u < s.units; ++u) {
       const float* part = partials + segment * stride + u * part_floats(j);
-      if (part[0] != 0.0f) merge_part(s, u, part[1], part[2], part + 16);
+      if (segment == 0) {
+        s.max[u] = part[1];
+        s.sum[u] = part[2];
+        __builtin_memcpy(s.out + u * j.kv.head_dim_v, part + 16,
+                         static_cast<size_t>(j.kv.head_dim_v) * 4);
+      } else if (part[0] != 0.0f) {
+        merge_part(s, u, part[1], part[2], part + 16);
+      }
     }
   }
   finish(s);
@@ -231,8 +243,16 @@ class Pieces {
   Piece<kPieceBlocks> after(int i) const {
     if (i + 1 < 2 * count()) return at(i + 1);
     const int next = (segment_ + 1) * ops::kKeySegment;
-    if (s_.item.segment >= 0 || next > position(s_, s_.rows - 1)) return at(i);
-    return Pieces(s_, segment_ + 1, kTokens).at(0);
+    if (s_.item.segment < 0 && next <= position(s_, s_.rows - 1)) {
+      return Pieces(s_, segment_ + 1, kTokens).at(0);
+    }
+    // The next item is likely to be about the next head.
+    Piece<kPieceBlocks> piece = Pieces(s_, 0, kTokens).at(0);
+    const bool last_head = s_.item.head0 + s_.item.num_heads == s_.job.kv.n_head;
+    for (const char*& block : piece.block) {
+      block += last_head ? 0 : s_.item.num_heads * s_.job.kv.key_bytes;
+    }
+    return piece;
   }
 
  private:
@@ -263,8 +283,12 @@ static void for_each_segment(AttentionState& s, Walk walk) {
     walk(s.item.segment, count_keys(s, s.item.segment));
     return store_parts(s, s.item.partials);
   }
+  walk(0, count_keys(s, 0));  // every row sees some of it
+  exchange(s.part_max, s.max);
+  exchange(s.part_sum, s.sum);
+  exchange(s.part_out, s.out);
   const int last = position(s, s.rows - 1);
-  for (int segment = 0; segment * ops::kKeySegment <= last; ++segment) {
+  for (int segment = 1; segment * ops::kKeySegment <= last; ++segment) {
     walk(segment, count_keys(s, segment));
     for (int u = 0; u < s.units; ++u) {
       if (s.keys[u % s.rows] == 0) continue;
@@ -272,346 +296,6 @@ static void for_each_segment(AttentionState& s, Walk walk) {
     }
   }
   finish(s);
-}
-
-// ---- The products, in FMAs --------------------------------------------------------------------
-
-constexpr int kFmaBlocks = 4;  // blocks of a piece: 64 keys, 16 KB of f32 keys of 64 channels
-using FmaPiece = Piece<kFmaBlocks>;
-
-// How each dtype is read. A step of keys is a channel, or a pair of them; a step of values is a
-// token, or a pair. fma_steps adds step `i` of vectors v to the accumulators of `kRows` rows, which
-// multiply it by x[r * stride + i * kPerStep].
-struct ReadF32 {
-  static constexpr int kPerStep = 1;
-  static constexpr int kBytes = 4;  // of one lane of a step
-  static constexpr int64_t kScales = 0;
-  using Word = Vf;
-  PYENGINE_INLINE Word read(const char* p) { return load(reinterpret_cast<const float*>(p)); }
-  template <int kPart>
-  PYENGINE_INLINE Vf part(Word w) {
-    return w;
-  }
-};
-
-struct ReadBf16 {
-  static constexpr int kPerStep = 2;
-  static constexpr int kBytes = 4;
-  static constexpr int64_t kScales = 0;
-  using Word = Vi;
-  PYENGINE_INLINE Word read(const char* p) {
-    return load_halves(reinterpret_cast<const uint16_t*>(p));
-  }
-  template <int kPart>
-  PYENGINE_INLINE Vf part(Word w) {
-    return kPart == 0 ? low_half(w) : high_half(w);
-  }
-};
-
-struct ReadI8 {
-  static constexpr int kPerStep = 1;
-  static constexpr int kBytes = 1;
-  static constexpr int64_t kScales = 64;  // bytes of scales before the first step
-  using Word = Vf;
-  PYENGINE_INLINE Word read(const char* p) { return load_i8(reinterpret_cast<const int8_t*>(p)); }
-  template <int kPart>
-  PYENGINE_INLINE Vf part(Word w) {
-    return w;
-  }
-};
-
-// acc[r][v] += x[r][0..kPerStep) times the parts of the words at p[v] + offset.
-template <class Read, bool kAhead, int kRows, int kVectors>
-PYENGINE_INLINE void multiply_step(Vf (&acc)[kRows][kVectors], const float* x, int64_t ldx,
-                                   const char* const* p, const char* const* ahead, int64_t offset) {
-  typename Read::Word word[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    word[v] = Read::read(p[v] + offset);
-    // One line holds 16 / kLanes vectors, and of i8 four times as many.
-    if (kAhead) __builtin_prefetch(ahead[v] + offset, 0, 3);
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    const Vf first = set1(x[r * ldx]);
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = fma(first, Read::template part<0>(word[v]), acc[r][v]);
-    }
-    if constexpr (Read::kPerStep == 2) {
-      const Vf second = set1(x[r * ldx + 1]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        acc[r][v] = fma(second, Read::template part<1>(word[v]), acc[r][v]);
-      }
-    }
-  }
-}
-
-// Scores of kVectors vectors of keys, from key `key` of the piece on. keys[r]: how many of the
-// piece's keys row r sees.
-template <class Read, int kRows, int kVectors, bool kAhead>
-static void score_vectors(const AttentionState& s, const FmaPiece& piece, const FmaPiece& ahead,
-                          int key, const float* query, const int* keys, float* scores) {
-  Vf acc[kRows][kVectors];
-  const char* p[kVectors];
-  const char* next[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) {
-    const int at = key + v * kLanes;
-    p[v] = piece.block[at / 16] + Read::kScales + at % 16 * Read::kBytes;
-    next[v] = ahead.block[at / 16] + at % 16 * Read::kBytes;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = zero();
-  }
-  const int64_t steps = (s.job.kv.head_dim + Read::kPerStep - 1) / Read::kPerStep;
-  for (int64_t i = 0; i < steps; ++i) {
-    multiply_step<Read, kAhead>(acc, query + i * Read::kPerStep, s.query_stride, p, next,
-                                i * 16 * Read::kBytes);
-  }
-  const Vf minus_infinity = set1(-__builtin_inff());
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = key + v * kLanes;
-      Vf score = acc[r][v];
-      if constexpr (Read::kScales != 0) {
-        score = mul(score, load(reinterpret_cast<const float*>(piece.block[at / 16]) + at % 16));
-      }
-      store(scores + r * ops::kKeySegment + at, keep_first(score, keys[r] - at, minus_infinity));
-    }
-  }
-}
-
-// Channels [d, d + kVectors kLanes) of the values. p[r][i] weighs token i of the piece; the first
-// `common` tokens are seen by all rows, row r sees keys[r].
-template <class Read, int kRows, int kVectors, bool kAhead>
-static void add_vectors(const AttentionState& s, const FmaPiece& piece, const FmaPiece& ahead,
-                        int64_t d, const float* p, const int* keys, int common, bool first,
-                        float* out) {
-  const int64_t ldo = s.job.kv.head_dim_v, step_bytes = ldo * Read::kBytes;
-  Vf acc[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = first ? zero() : load(out + r * ldo + d + v * kLanes);
-    }
-  }
-  constexpr int kSteps = 16 / Read::kPerStep;  // of a block
-  const int whole = common / Read::kPerStep;
-  for (int step0 = 0; step0 < whole; step0 += kSteps) {
-    const char* at[kVectors];
-    const char* next[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t offset = (d + v * kLanes) * Read::kBytes;
-      at[v] = piece.block[step0 / kSteps] + Read::kScales + offset;
-      next[v] = ahead.block[step0 / kSteps] + offset;
-    }
-    const int count = whole - step0 < kSteps ? whole - step0 : kSteps;
-    for (int i = 0; i < count; ++i) {
-      multiply_step<Read, kAhead>(acc, p + (step0 + i) * Read::kPerStep, ops::kKeySegment, at, next,
-                                  i * step_bytes);
-    }
-  }
-  // The diagonal: not all rows see these.
-  int most = 0;
-  for (int r = 0; r < kRows; ++r) most = keys[r] > most ? keys[r] : most;
-  for (int key = whole * Read::kPerStep; key < most; ++key) {
-    const char* at = piece.block[key / 16] + Read::kScales + key % 16 / Read::kPerStep * step_bytes;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const auto word = Read::read(at + (d + v * kLanes) * Read::kBytes);
-      const Vf value =
-          key % Read::kPerStep == 0 ? Read::template part<0>(word) : Read::template part<1>(word);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        if (key < keys[r]) acc[r][v] = fma(set1(p[r * ops::kKeySegment + key]), value, acc[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(out + r * ldo + d + v * kLanes, acc[r][v]);
-  }
-}
-
-template <class Read, int kRows>
-class FmaAttention {
- public:
-  explicit FmaAttention(AttentionState& s) : s_(s) {}
-
-  void run() {
-    for_each_segment(s_, [this](int segment, int num_keys) {
-      walk_segment<kFmaBlocks>(
-          s_, segment, num_keys,
-          [this](int head, int first, const FmaPiece& piece, const FmaPiece& ahead) {
-            score(head, first, piece, ahead);
-          },
-          [this] { softmax(s_); },
-          [this](int head, int first, const FmaPiece& piece, const FmaPiece& ahead) {
-            add_values(head, first, piece, ahead);
-          });
-    });
-  }
-
- private:
-  static constexpr int kTokens = kFmaBlocks * 16;
-
-  // keys[r] of the piece that starts at key `first` of the segment; returns the most.
-  int keys_of_group(int row0, int first, int* keys) const {
-    int most = 0;
-    for (int r = 0; r < kRows; ++r) {
-      const int seen = s_.keys[row0 + r] - first;
-      keys[r] = seen < 0 ? 0 : seen > kTokens ? kTokens : seen;
-      most = keys[r] > most ? keys[r] : most;
-    }
-    return most;
-  }
-
-  void score(int head, int first, const FmaPiece& piece, const FmaPiece& ahead) {
-    bool fetch = true;
-    for (int row0 = 0; row0 < s_.rows; row0 += kRows) {
-      int keys[kRows];
-      const int most = keys_of_group(row0, first, keys);
-      if (most == 0) continue;
-      const int64_t unit = head * s_.rows + row0;
-      const float* query = s_.query + unit * s_.query_stride;
-      float* scores = s_.scores + unit * ops::kKeySegment + first;
-      int key = 0;
-      for (; most - key > (kScoreVectors - 1) * kLanes; key += kScoreVectors * kLanes) {
-        if (fetch) {
-          score_vectors<Read, kRows, kScoreVectors, true>(s_, piece, ahead, key, query, keys,
-                                                          scores);
-        } else {
-          score_vectors<Read, kRows, kScoreVectors, false>(s_, piece, ahead, key, query, keys,
-                                                           scores);
-        }
-      }
-      for (; key < most; key += kLanes) {
-        score_vectors<Read, kRows, 1, false>(s_, piece, ahead, key, query, keys, scores);
-      }
-      fetch = false;
-    }
-  }
-
-  void add_values(int head, int first, const FmaPiece& piece, const FmaPiece& ahead) {
-    bool fetch = true;
-    for (int row0 = 0; row0 < s_.rows; row0 += kRows) {
-      int keys[kRows];
-      const int most = keys_of_group(row0, first, keys);
-      if (most == 0) continue;
-      int common = kTokens;
-      for (int r = 0; r < kRows; ++r) common = keys[r] < common ? keys[r] : common;
-      const int64_t unit = head * s_.rows + row0, padded = s_.job.kv.head_dim_v;
-      float* p = s_.scores + unit * ops::kKeySegment + first;
-      float* out = s_.part_out + unit * padded;
-      if constexpr (Read::kScales != 0) scale_probabilities(piece, most, p);
-      int64_t d = 0;
-      for (; padded - d >= kValueVectors * kLanes; d += kValueVectors * kLanes) {
-        if (fetch) {
-          add_vectors<Read, kRows, kValueVectors, true>(s_, piece, ahead, d, p, keys, common,
-                                                        first == 0, out);
-        } else {
-          add_vectors<Read, kRows, kValueVectors, false>(s_, piece, ahead, d, p, keys, common,
-                                                         first == 0, out);
-        }
-      }
-      for (; d < padded; d += kLanes) {
-        add_vectors<Read, kRows, 1, false>(s_, piece, ahead, d, p, keys, common, first == 0, out);
-      }
-      fetch = false;
-    }
-  }
-
-  // p times the scales of the values, so that the chain runs over integers.
-  static void scale_probabilities(const FmaPiece& piece, int most, float* p) {
-    for (int key = 0; key < most; key += kLanes) {
-      const Vf scale = load(reinterpret_cast<const float*>(piece.block[key / 16]) + key % 16);
-      for (int r = 0; r < kRows; ++r) {
-        float* at = p + r * ops::kKeySegment + key;
-        store(at, mul(load(at), scale));
-      }
-    }
-  }
-
-  AttentionState& s_;
-};
-
-template <class Read>
-static void run_fma_attention(const AttentionJob& j, const AttentionItem& item, float* scratch) {
-  AttentionState s{j, item};
-  start(s, padded_rows(item.num_rows, kAttentionRows), scratch);
-  scale_queries(s);
-  if (item.num_rows == 1) {
-    FmaAttention<Read, 1>(s).run();
-  } else {
-    FmaAttention<Read, kAttentionRows>(s).run();
-  }
-}
-
-static int64_t fma_attention_floats(const AttentionJob& j, int num_rows, int num_heads) {
-  return state_floats(j, padded_rows(num_rows, kAttentionRows) * num_heads);
-}
-
-// Groups of an item: while they take turns, keys and values stay in the first-level cache.
-constexpr int kAttentionGroups = 4;
-static_assert(kAttentionRows * kAttentionGroups <= kMaxAttentionRows, "");
-
-template <class Read>
-constexpr AttentionKernels fma_attention_kernels() {
-  return {kAttentionRows * kAttentionGroups, kAttentionRows, fma_attention_floats,
-          run_fma_attention<Read>,           part_floats,    merge_attention};
-}
-
-constexpr AttentionKernels kAttentionF32 = fma_attention_kernels<ReadF32>();
-constexpr AttentionKernels kAttentionBf16 = fma_attention_kernels<ReadBf16>();
-constexpr AttentionKernels kAttentionI8 = fma_attention_kernels<ReadI8>();
-
-// ---- Writing an i8 cache ----------------------------------------------------------------------
-
-// n elements to bytes `stride` apart, their scale to *scale: max |x| / 127, NaN if one is not a
-// number or infinite.
-static void quantize_head(const float* x, int64_t n, int8_t* out, int64_t stride, float* scale) {
-  Vf largest = zero(), nan = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Vf v = load_upto(x + i, n - i);
-    largest = max(largest, abs(v));
-    nan = fma(v, zero(), nan);  // infinity times zero is NaN too
-  }
-  const float peak = max_of(largest);
-  const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-  *scale = peak * (1.0f / 127.0f) + cpu::PYENGINE_ISA::sum(nan);
-  const Vf shift = set1(12582912.0f);  // 1.5 * 2^23: the low byte of the sum is the integer
-  for (int64_t i = 0; i < n; i += kLanes) {
-    float rounded[kLanes];
-    store(rounded, add(mul(load_upto(x + i, n - i), set1(inverse)), shift));
-    const int64_t lanes = smaller(n - i, kLanes);
-    for (int64_t l = 0; l < lanes; ++l) {
-      __builtin_memcpy(out + (i + l) * stride, rounded + l, 1);  // little-endian
-    }
-  }
-}
-
-static void quantize_kv(const KVMemory& kv, int64_t slot, const float* keys, const float* values) {
-  char* block = kv.data + slot / 16 * kv.block_bytes;
-  slot %= 16;
-  for (int64_t head = 0; head < kv.n_head; ++head) {
-    char* key = block + head * kv.key_bytes;
-    char* value = block + kv.values_at + head * kv.value_bytes;
-    quantize_head(keys + head * kv.head_dim, kv.head_dim,
-                  reinterpret_cast<int8_t*>(key) + ReadI8::kScales + slot, 16,
-                  reinterpret_cast<float*>(key) + slot);
-    quantize_head(values + head * kv.head_dim, kv.head_dim,
-                  reinterpret_cast<int8_t*>(value) + ReadI8::kScales + slot * kv.head_dim_v, 1,
-                  reinterpret_cast<float*>(value) + slot);
-  }
 }
 
 }  // namespace

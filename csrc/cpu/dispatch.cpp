@@ -1,6 +1,7 @@
 #include "cpu/dispatch.h"
 
 #include "core/errors.h"
+#include "cpu/amx_permission.h"
 #include "cpu/isa_tables.h"
 
 namespace pyengine::cpu {
@@ -25,6 +26,17 @@ const Kernels& avx512_bf16_kernels() {
   return kernels;
 }
 
+const Kernels& amx_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx512::kernels();
+    k.isa = "amx";
+    k.attention_bf16 = amx::attention_bf16();
+    k.attention_i8 = amx::attention_i8();
+    return k;
+  }();
+  return kernels;
+}
+
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers.
 std::vector<Choice> choices() {
   __builtin_cpu_init();
@@ -38,7 +50,8 @@ std::vector<Choice> choices() {
   return {{&baseline::kernels(), true},
           {&avx2::kernels(), avx2},
           {&avx512::kernels(), avx512},
-          {&avx512_bf16_kernels(), bf16, slow_bf16}};
+          {&avx512_bf16_kernels(), bf16, slow_bf16},
+          {&amx_kernels(), bf16 && amx_permitted()}};
 }
 
 #else

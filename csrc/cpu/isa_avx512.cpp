@@ -11,5 +11,7 @@
 #include "cpu/dense_f32.inl"
 #include "cpu/dense_bf16.inl"
 #include "cpu/attention.inl"
+#include "cpu/attention_fma.inl"
+#include "cpu/quantize_kv.inl"
 #include "cpu/elementwise.inl"
 // clang-format on

@@ -20,6 +20,10 @@ namespace avx512_bf16 {
 const DenseKernels& dense_bf16();
 bool dot_is_faster_than_fma();  // measured, some microseconds
 }  // namespace avx512_bf16
+namespace amx {
+const AttentionKernels& attention_bf16();
+const AttentionKernels& attention_i8();
+}  // namespace amx
 #endif
 
 }  // namespace pyengine::cpu

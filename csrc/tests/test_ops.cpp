@@ -411,7 +411,9 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
     first += lengths[b];
   }
   check(cached_right, what + " qkv");
-  check(worst < 3e-6, what + " error " + std::to_string(worst * 1e6) + "e-6");
+  // AMX rounds queries and probabilities to bf16.
+  const double tolerance = isa == "amx" && kv_dtype != DType::f32 ? 2e-2 : 3e-6;
+  check(worst < tolerance, what + " error " + std::to_string(worst * 1e6) + "e-6");
   for (int chunk : quick ? std::vector<int>{1, 37} : std::vector<int>{1, 5, 16, 37, 100, 270}) {
     check(same(whole, run(1 + chunk % 3, chunk, cache2, q2)) && same(q, q2),
           what + " in chunks of " + std::to_string(chunk));

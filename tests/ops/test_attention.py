@@ -91,9 +91,11 @@ def test_against_float64(isa: str, kv_dtype: str, n_head: int, head_dim: int) ->
     out = run(isa, kv_dtype, n_head, xs, w, bias, chunk=1000)
     for x, y in zip(xs, out, strict=True):
         error = np.abs(y - reference(x, w, bias, n_head, kv_dtype))
-        # keys and values on a rounding edge may fall on the other side in float64
+        # keys and values on a rounding edge may fall on the other side in float64; AMX rounds queries and
+        # probabilities too
+        rms = 1e-6 if kv_dtype == "float32" else 3e-3 if isa == "amx" else 4e-4
         assert error.max() < (3e-6 if kv_dtype == "float32" else 1.5e-2)
-        assert np.sqrt((error**2).mean()) < (1e-6 if kv_dtype == "float32" else 4e-4)
+        assert np.sqrt((error**2).mean()) < rms
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

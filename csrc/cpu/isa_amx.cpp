@@ -1,0 +1,13 @@
+// The kernels of "amx" that use its tiles; everything else of it is that of "avx512".
+#define PYENGINE_ISA amx
+
+#include "cpu/isa_tables.h"
+#include "cpu/vec_avx512.h"
+// The kernels, in order of use.
+#include "cpu/math.inl"
+// clang-format off
+#include "cpu/dense.inl"
+#include "cpu/attention.inl"
+#include "cpu/attention_fma.inl"
+#include "cpu/attention_amx.inl"
+// clang-format on
