@@ -120,13 +120,14 @@ def continuation_targets(
     _check_flag("add_bos", add_bos)
     context = codec.encode(text)
     joined: list[array[int]] = []
-    for number, continuation in enumerate(continuations):
+    for number, continuation in enumerate(continuations, 1):
         if isinstance(text, str) and isinstance(continuation, str):
             ids = codec.encode(text + continuation)
         else:
             ids = context + _encode_bare(codec, continuation)
         if not continuation or len(ids) == _common(context, ids):
-            what = f"continuation {number}" if len(continuations) > 1 else "the continuation"
+            many = len(continuations) > 1
+            what = f"choice {number} of {len(continuations)}" if many else "the continuation"
             raise RequestError(
                 f"{what} ({continuation!r}) adds no token to the text: there is nothing to score"
             )

@@ -215,7 +215,7 @@ def test_refused(llm: LLM) -> None:
         llm.score("")
     with pytest.raises(RequestError, match="adds no token"):
         llm.score("text", "")
-    with pytest.raises(RequestError, match="continuation 1 .* adds no token"):
+    with pytest.raises(RequestError, match="choice 2 of 2 .* adds no token"):
         llm.choose("text", [" a", ""])
     with pytest.raises(RequestError, match="2 texts need a list of 2 continuations"):
         llm.score(["a b", "c d"], [" e"])

@@ -71,7 +71,11 @@ struct PyFileView {
 // The Python classes of the same names, looked up only when there is an error to raise.
 void raise_python(const char* name, const std::exception& e) {
   py::object type = py::module_::import("pyengine.errors").attr(name);
-  PyErr_SetString(type.ptr(), e.what());
+  // A name of a file or a variable in the message may be in any encoding, or in none.
+  const std::string what = e.what();
+  auto message = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(what.data(), static_cast<py::ssize_t>(what.size()), "backslashreplace"));
+  if (message) PyErr_SetObject(type.ptr(), message.ptr());
 }
 
 void translate(std::exception_ptr error) {
@@ -166,8 +170,14 @@ PYBIND11_MODULE(_C, m) {
         return peaks;
       });
   py::class_<PyFileView>(m, "FileView", py::buffer_protocol())
-      .def(py::init<const py::object&, int, std::string>(), py::arg("mapping"), py::arg("fd"),
-           py::arg("path"))
+      .def(py::init([](const py::object& mapping, int fd, const py::str& path) {
+             // os.fsencode's way back from a name that is not UTF-8
+             auto bytes = py::reinterpret_steal<py::bytes>(
+                 PyUnicode_AsEncodedString(path.ptr(), "utf-8", "surrogateescape"));
+             if (!bytes) throw py::error_already_set();
+             return std::make_unique<PyFileView>(mapping, fd, std::string(bytes));
+           }),
+           py::arg("mapping"), py::arg("fd"), py::arg("path"))
       .def_buffer([](PyFileView& self) {
         auto* data = static_cast<const uint8_t*>(self.buffer.data());
         return py::buffer_info(data, static_cast<py::ssize_t>(self.buffer.bytes()));

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -51,8 +51,17 @@ class _LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _occupy_closed_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # --help and --version write before a command is invoked
+            _fail(error)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
+            if sys.stdout is None:
+                raise OSError("standard output is closed: there is no place for results")
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
@@ -64,17 +73,32 @@ class _LazyGroup(click.Group):
             _discard_output()
             sys.exit(EXIT_BROKEN_PIPE)
         except Exception as error:
-            if os.environ.get("PYENGINE_DEBUG") == "1":
-                raise
-            click.echo(_describe(error), err=True)
-            sys.exit(EXIT_ERROR)
+            _fail(error)
+
+
+def _occupy_closed_streams() -> None:
+    """Open what was closed for us (``>&-``), or a weight file would become standard output."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
+
+
+def _fail(error: Exception) -> NoReturn:
+    if os.environ.get("PYENGINE_DEBUG") == "1":
+        raise error
+    if isinstance(error, OSError):
+        _discard_output()  # what could not be written now cannot be written later
+    click.echo(_describe(error), err=True)
+    sys.exit(EXIT_ERROR)
 
 
 def _discard_output() -> None:
     """Point standard output at nothing, so that the interpreter's last flush has no pipe to fail on."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # not backed by a file descriptor: nothing to flush there
+    except (OSError, ValueError, AttributeError):  # not backed by a file descriptor: nothing to flush there
         pass
 
 
@@ -82,6 +106,8 @@ def _describe(error: Exception) -> str:
     from pyengine.errors import InternalError, PyEngineError
 
     if isinstance(error, PyEngineError) and not isinstance(error, InternalError):
+        return f"pyengine: {error}"
+    if isinstance(error, OSError) and error.errno is None:
         return f"pyengine: {error}"
     if isinstance(error, OSError):
         return f"pyengine: {error.filename or 'input or output'}: {error.strerror or error}"

@@ -19,7 +19,11 @@ _JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
 def read_text(path: str) -> str:
     """The text of a file, or of standard input for ``-``. UTF-8, with or without a byte-order mark."""
     if path == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise RequestError("standard input is closed: nothing can be read from it")
         return decode(sys.stdin.buffer.read(), "standard input")
+    if not path:
+        raise click.UsageError("--file: the name is empty.")
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -32,10 +36,16 @@ def decode(data: bytes, source: str) -> str:
         return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
         raise RequestError(
             f"{source}: not UTF-8 text: byte 0x{data[offset]:02x} at offset {offset}; "
-            "convert it first, for example with: iconv -f latin1 -t utf-8"
+            f"convert it first, for example with: iconv -f {encoding} -t utf-8"
         ) from None
+
+
+def argument(text: str, name: str) -> str:
+    """An argument as text: bytes of it that are not UTF-8 arrive as lone surrogates, and are refused."""
+    return decode(text.encode("utf-8", "surrogateescape"), name)
 
 
 def argument_texts(arguments: Sequence[str]) -> list[str]:
@@ -43,14 +53,14 @@ def argument_texts(arguments: Sequence[str]) -> list[str]:
     if arguments.count(STANDARD_INPUT) > 1:
         raise click.UsageError("'-' (standard input) can be read only once.")
     texts = []
-    for number, argument in enumerate(arguments, 1):
-        if argument == STANDARD_INPUT:
+    for number, given in enumerate(arguments, 1):
+        if given == STANDARD_INPUT:
             text = _without_line_end(read_text(STANDARD_INPUT))
             if not text:
                 raise RequestError("standard input is empty: did the command before it fail?")
             texts.append(text)
-        else:  # bytes of the command line that are not UTF-8 arrive as lone surrogates
-            texts.append(decode(argument.encode("utf-8", "surrogateescape"), f"argument {number}"))
+        else:
+            texts.append(argument(given, f"argument {number}"))
     return texts
 
 
@@ -97,6 +107,8 @@ def _json_prompt(line: str, where: str) -> str | list[int]:
 
     try:
         row = json.loads(line)
+    except RecursionError:
+        raise RequestError(f"{where}: not JSON: nested too deeply") from None
     except ValueError as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise RequestError(f"{where}: not JSON: {reason}") from None
@@ -111,11 +123,15 @@ def _json_prompt(line: str, where: str) -> str | list[int]:
 def parse_ids(text: str) -> list[int]:
     """Token ids apart by commas or white space: ``"15496, 11"``; brackets around them are allowed."""
     try:
-        return [int(word) for word in text.strip().strip("[]").replace(",", " ").split()]
+        ids = [int(word) for word in text.strip().strip("[]").replace(",", " ").split()]
     except ValueError:
+        shown = text if len(text) <= 60 else text[:57] + "..."
         raise click.UsageError(
-            f"Token ids are whole numbers, like 15496,11; these are not: {text!r}."
+            f"Token ids are whole numbers, like 15496,11; these are not: {shown!r}."
         ) from None
+    if not ids:
+        raise click.UsageError("Token ids are whole numbers, like 15496,11; there is none in an empty text.")
+    return ids
 
 
 def prepare_output() -> None:

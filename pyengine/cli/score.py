@@ -65,6 +65,9 @@ def command(
     if not prompts:
         raise click.UsageError("Nothing to score: give TEXTS, --file, or - for standard input.")
     parse = _text.parse_ids if ids else str
+    if continuation is not None:
+        continuation = _text.argument(continuation, "--continuation")
+    choices = tuple(_text.argument(choice, f"--choice {number}") for number, choice in enumerate(choices, 1))
     _text.prepare_output()
     llm = _options.open_llm(**engine)
     for number, prompt in enumerate(prompts, 1):

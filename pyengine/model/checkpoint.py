@@ -131,7 +131,8 @@ def resolve(
 
         if is_hub_id(name):
             return download(name, revision, local_files_only=local_files_only)
-    raise CheckpointError(f"{name} does not exist; the model must be a directory, a file or a Hub id")
+    shown = name if name.isprintable() else show(name)
+    raise CheckpointError(f"{shown} does not exist; the model must be a directory, a file or a Hub id")
 
 
 def _find_weights(directory: Path) -> Path:
