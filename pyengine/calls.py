@@ -12,7 +12,7 @@ from pyengine.engine.generation import Generation
 from pyengine.engine.mailbox import ENTERED, AsyncMailbox
 from pyengine.engine.request import Request
 from pyengine.engine.thread import EngineThread
-from pyengine.errors import RequestError
+from pyengine.errors import InternalError, PyEngineError, RequestError
 from pyengine.outputs import StreamDelta
 
 Progress = Callable[[int, int, int], object]  # finished requests, all requests, tokens so far
@@ -28,7 +28,7 @@ def finished_in_order(
     progress: Progress | None,
     count_tokens: Callable[[AnyRequest], int],
 ) -> Generator[AnyRequest, None, None]:
-    """Run requests together and yield each, in order, once it has ended. Raises the error of one that failed.
+    """Run requests together and yield each, in order, once it has ended, be it with an error.
 
     Closing the generator, or an exception thrown at the place where it waits, aborts those that still run.
     """
@@ -57,14 +57,31 @@ def finished_in_order(
                 if time.perf_counter() >= next_report:
                     report()
                     next_report = time.perf_counter() + _PROGRESS_INTERVAL
-            if request.error is not None:
-                raise request.error
             yield request
         report()
     finally:
         for request in requests:
             if not request.ended:
                 engine.abort(request)
+
+
+def raise_first_error(requests: Sequence[Request], what: str) -> None:
+    """The error of the first request that failed, named by its place among several (``what`` is "prompt")."""
+    for number, request in enumerate(requests, 1):
+        if request.error is not None:
+            if len(requests) == 1:
+                raise request.error
+            named = _kind(request.error)(f"{what} {number} of {len(requests)}: {request.error}")
+            raise named from request.error
+
+
+def check_callback(name: str, given: object) -> None:
+    if given is not None and not isinstance(given, bool) and not callable(given):
+        raise RequestError(f"{name}={given!r}: must be a function")
+
+
+def _kind(error: Exception) -> type[PyEngineError]:
+    return type(error) if isinstance(error, PyEngineError) else InternalError
 
 
 def wait_for_end(engine: EngineThread, requests: Sequence[Request]) -> None:

@@ -24,7 +24,8 @@ class PyEngineError(Exception):
 
 
 class CheckpointError(PyEngineError):
-    """A checkpoint is missing, damaged, or holds tensors that do not fit its configuration."""
+    """A checkpoint is missing or damaged, was changed while in use, holds tensors that do not fit its
+    configuration, or numbers that lead to NaN."""
 
 
 class ConfigError(PyEngineError, ValueError):
@@ -52,4 +53,4 @@ class ClosedError(PyEngineError):
 
 
 class InternalError(PyEngineError):
-    """A fault of pyengine itself, or a model that yields NaN; please report it."""
+    """A fault of pyengine itself (please report it), or the use of an LLM in a forked process."""

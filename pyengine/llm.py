@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, cast, overload
 from pyengine.calls import (
     Progress,
     async_deltas,
+    check_callback,
     deltas,
     finished_in_order,
     priorities_of_each,
     progress_line,
+    raise_first_error,
     wait_for_end,
 )
 from pyengine.decoding.params import MAX_SEED, SamplingParams, derived_seed, params_of_each
@@ -26,7 +28,7 @@ from pyengine.engine.thread import EngineThread
 from pyengine.errors import RequestError, TokenizerError
 from pyengine.loading import check_count, load
 from pyengine.outputs import Choice, EngineStats, RequestOutput, ScoreOutput, StreamDelta
-from pyengine.prompts import Prompt, Prompts, as_list, is_one
+from pyengine.prompts import Prompt, Prompts, as_choices, as_list, is_one
 from pyengine.targets import (
     LENGTH_NORMALIZATIONS,
     Target,
@@ -173,10 +175,13 @@ class LLM:
         prompts, all prompts, new tokens) now and then, and at the end. ``on_output`` is called with (index,
         output) for each prompt in order, as soon as it and those before it are finished; after Ctrl-C also
         for the others, whose finish_reason is "abort". Both are called in the thread that calls ``generate``.
-        Every prompt is checked before the first one runs: RequestError names the one at fault, by its index
-        in a list, and nothing has run then. If one fails later (InternalError where the model yields NaN),
-        its error is raised and the others of the call end; they do so too if a callback raises.
+        Every prompt is checked before the first one runs: RequestError names the one at fault ("prompt 2 of
+        3"), and nothing has run then. If one fails later (CheckpointError where the model yields NaN), the
+        others go on, ``on_output`` gets theirs, and the error is raised at the end, that of the first one if
+        several fail. Callbacks that raise end the call and its requests.
         """
+        check_callback("progress", progress)
+        check_callback("on_output", on_output)
         many = not is_one(prompts)
         listed = as_list(prompts)
         priorities = priorities_of_each(priority, len(listed))
@@ -188,22 +193,26 @@ class LLM:
             except (RequestError, TokenizerError) as error:
                 if not many:
                     raise
-                raise type(error)(f"prompt {index}: {error}") from error
+                raise type(error)(f"prompt {index + 1} of {len(listed)}: {error}") from error
         outputs: list[RequestOutput] = []
         report = progress_line("prompts, {} new tokens") if progress is True else progress or None
         ended = finished_in_order(self._thread, requests, report, lambda request: request.num_new_tokens)
+        reported = 0
         try:
             with closing(ended):
                 for request in ended:
-                    outputs.append(request.output())
-                    if on_output is not None:
-                        on_output(len(outputs) - 1, outputs[-1])
+                    reported += 1
+                    if request.error is None:
+                        outputs.append(request.output())
+                        if on_output is not None:
+                            on_output(reported - 1, outputs[-1])
         except KeyboardInterrupt:
             if on_output is not None:
                 wait_for_end(self._thread, requests)
-                for index in range(len(outputs), len(requests)):
+                for index in range(reported, len(requests)):
                     on_output(index, requests[index].output())
             raise
+        raise_first_error(requests, "prompt")
         return outputs
 
     def stream(
@@ -243,7 +252,7 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """End a request before the next step: what it has is its output ("abort"). Others are left alone."""
         self._thread.check_process()
-        request = self._thread.names.get(request_id)
+        request = self._thread.names.get(request_id) if isinstance(request_id, str) else None
         if request is not None:
             self._thread.abort(request)
 
@@ -298,6 +307,8 @@ class LLM:
         and ``on_output`` are as in ``generate``; the tokens of the progress are those scored.
         """
         self._thread.check_process()
+        check_callback("progress", progress)
+        check_callback("on_output", on_output)
         targets = score_targets(self._codec, text, continuation, add_bos)
         report = progress_line("texts, {} tokens") if progress is True else progress or None
         outputs = self._score(targets, stride, top_logprobs, priority, report, on_output)
@@ -323,9 +334,7 @@ class LLM:
             raise RequestError(
                 f'length_normalization={length_normalization!r}: must be None, "tokens" or "characters"'
             )
-        if isinstance(choices, str) or not choices:
-            raise RequestError(f"choices={choices!r}: must be a list of one choice or more")
-        targets = continuation_targets(self._codec, text, as_list(cast(Prompts, list(choices))), add_bos)
+        targets = continuation_targets(self._codec, text, as_choices(choices), add_bos)
         scores = self._score(targets, None, 0, priority)
         return rank_choices(scores, length_normalization)
 
@@ -400,8 +409,10 @@ class LLM:
         outputs: list[ScoreOutput] = []
         ended = finished_in_order(self._thread, requests, progress, lambda request: request.num_scored)
         with closing(ended):
-            for request in ended:
-                outputs.append(targets[len(outputs)].output(self._codec, request.sequences, top_n > 0))
-                if on_output is not None:
-                    on_output(len(outputs) - 1, outputs[-1])
+            for index, request in enumerate(ended):
+                if request.error is None:
+                    outputs.append(targets[index].output(self._codec, request.sequences, top_n > 0))
+                    if on_output is not None:
+                        on_output(index, outputs[-1])
+        raise_first_error(requests, "text")
         return outputs

@@ -37,6 +37,16 @@ def as_one(prompt: Any, what: str) -> Prompt:
     return items
 
 
+def as_choices(choices: Any) -> list[Prompt]:
+    """The continuations to choose from: a list of one or more."""
+    if isinstance(choices, (str, bytes)) or not hasattr(choices, "__iter__"):
+        raise RequestError(f"choices={choices!r}: must be a list of one choice or more")
+    listed = list(choices)
+    if not listed:
+        raise RequestError(f"choices={choices!r}: must be a list of one choice or more")
+    return [as_one(choice, "a choice") for choice in listed]
+
+
 def check_token_ids(ids: list[int], vocab_size: int) -> array[int]:
     """``ids`` as int32; RequestError naming the first that is no token id."""
     try:

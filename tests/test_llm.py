@@ -263,7 +263,7 @@ def test_progress(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bad_prompt_is_named_and_nothing_runs(llm: LLM) -> None:
     prompts: list[str | list[int]] = [PROMPT, [1, 2, 4096], PROMPT]
     ran = llm._engine.core.manager.num_available
-    with pytest.raises(RequestError, match=r"^prompt 1: token 2 of the prompt is 4096: .* from 0 to 4095"):
+    with pytest.raises(RequestError, match=r"^prompt 2 of 3: token 2 of the prompt is 4096: .* to 4095"):
         llm.generate(prompts, GREEDY)
     assert llm._engine.core.manager.num_available == ran
 

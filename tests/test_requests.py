@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyengine import LLM, InternalError, RequestError, SamplingParams
+from pyengine import LLM, CheckpointError, InternalError, RequestError, SamplingParams
 
 from .waiting import paused, wait_until_idle
 
@@ -98,7 +98,7 @@ def test_nan_fails_the_request_that_meets_it_only(llm: LLM, no_position_30: LLM)
     short = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=3, seed=0)
     expected = [llm.generate([token] * 18, short)[0].outputs for token in range(3)]
     other = damaged.stream([0] * 18, short)
-    with pytest.raises(InternalError, match=r"^request auto-\d+: the logits after its token 30 are NaN"):
+    with pytest.raises(CheckpointError, match=r"^request auto-\d+: the logits after its token 30 are NaN"):
         damaged.generate([9] * 18, GREEDY)
     *_, last = other
     assert last.output is not None and last.output.outputs == expected[0]
@@ -107,7 +107,7 @@ def test_nan_fails_the_request_that_meets_it_only(llm: LLM, no_position_30: LLM)
 
 
 def test_scoring_nan_is_an_error(llm: LLM, no_position_30: LLM) -> None:
-    with pytest.raises(InternalError, match="NaN"):
+    with pytest.raises(CheckpointError, match="NaN"):
         no_position_30.score([1] * 40, top_logprobs=2)
     wait_until_idle(no_position_30)
     assert no_position_30.score([1] * 30).logprobs == llm.score([1] * 30).logprobs

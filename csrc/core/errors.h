@@ -12,7 +12,7 @@ class PyEngineError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A checkpoint lacks a tensor or holds one of the wrong shape or dtype.
+// A checkpoint lacks a tensor, holds one of the wrong shape or dtype, or was changed while in use.
 class CheckpointError : public PyEngineError {
  public:
   using PyEngineError::PyEngineError;
@@ -36,7 +36,7 @@ class OutOfMemory : public PyEngineError {
   using PyEngineError::PyEngineError;
 };
 
-// A fault of pyengine itself, or numbers (NaN) that make going on meaningless.
+// A fault of pyengine itself.
 class InternalError : public PyEngineError {
  public:
   using PyEngineError::PyEngineError;

@@ -16,7 +16,7 @@ from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
 from pyengine.engine.scheduler import BlockManager, Scheduler, blocks_for
 from pyengine.engine.scoring import Window
-from pyengine.errors import InternalError, PyEngineError, RequestError
+from pyengine.errors import CheckpointError, InternalError, PyEngineError, RequestError
 
 Scheduled = list[tuple[Sequence, int]]  # and how many of its next tokens run
 
@@ -302,8 +302,8 @@ def _named(request: Request, error: Exception) -> PyEngineError:
     return named
 
 
-def _not_finite(request: Request, what: str, position: int) -> InternalError:
-    return InternalError(
+def _not_finite(request: Request, what: str, position: int) -> CheckpointError:
+    return CheckpointError(
         f"request {request.id}: the {what} after its token {position} are NaN or infinite: "
         "the weights are damaged, or too large for their dtype (pyengine-cli inspect --check reads them all)"
     )

@@ -117,7 +117,8 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
 def test_parse_ids() -> None:
     assert _text.parse_ids("15496,11 616\n") == [15496, 11, 616]
     assert _text.parse_ids("[1, 2]") == [1, 2]
-    assert _text.parse_ids("") == []
+    with pytest.raises(click.UsageError, match="none in an empty text"):
+        _text.parse_ids(" ")
     with pytest.raises(click.UsageError, match="1.5"):
         _text.parse_ids("1.5")
 

@@ -8,7 +8,7 @@ import pytest
 
 from pyengine.engine.generation import Generation
 from pyengine.engine.metrics import Counters
-from pyengine.errors import InternalError, RequestError
+from pyengine.errors import CheckpointError, RequestError
 
 from .helpers import Letters, deltas_of, engine, generate, params, request, tokens_of
 
@@ -169,7 +169,7 @@ def test_counters() -> None:
     assert one.num_waiting == 0 and counters.aborted == 1 and counters.failed == 0
     one.core.model.poison = 0
     bad = request(next(ids), prompt, params(prompt, 5))
-    with pytest.raises(InternalError):
+    with pytest.raises(CheckpointError):
         generate(one, bad)
     assert counters.failed == 1
 

@@ -9,7 +9,7 @@ import pytest
 
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
-from pyengine.errors import InternalError, PyEngineError, RequestError, TokenizerError
+from pyengine.errors import CheckpointError, InternalError, PyEngineError, RequestError, TokenizerError
 
 from .helpers import Letters, engine, generate, params, request, tokens_of
 
@@ -48,7 +48,7 @@ def test_logits_that_are_not_finite_fail_their_request_only(n: int, budget: int)
         one.add(each)
     finish(one)
     error = error_of(bad)
-    assert isinstance(error, InternalError)
+    assert isinstance(error, CheckpointError)
     assert str(error).startswith("request 1: the logits after its token 33 are NaN or infinite: ")
     assert {completion.finish_reason for completion in bad.output().outputs} == {"abort"}
     assert before.error is None and after.error is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyengine.engine.engine import Engine
 from pyengine.engine.scoring import Scoring, Window, window_spans
-from pyengine.errors import InternalError, RequestError
+from pyengine.errors import CheckpointError, RequestError
 
 from .fake_core import best_tokens, fake_logprob
 from .helpers import engine, generate, params, request, run, tokens_of
@@ -124,7 +124,7 @@ def test_scores_that_are_not_finite_fail_their_text_only() -> None:
     assert requests[0].error is None and requests[2].error is None
     assert requests[2].sequences[1].logprobs == expected(good)
     error = requests[1].error
-    assert isinstance(error, InternalError)
+    assert isinstance(error, CheckpointError)
     assert "request 1: the logits of window 0 after its token 30 are NaN" in str(error)
 
 
