@@ -26,8 +26,8 @@ def read_text(path: str) -> str:
         raise click.UsageError("--file: the name is empty.")
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise RequestError(f"{path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise RequestError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     return decode(data, path)
 
 

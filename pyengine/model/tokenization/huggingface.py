@@ -178,7 +178,7 @@ def load_huggingface(config: TokenizerConfig, model_vocab_size: int | None) -> H
     with _library_errors(f"{config.vocabulary} cannot be read"):
         if config.family == "json":
             # Quickest for this file: parsing it in Python takes longer than all the library does with it.
-            backend = tokenizers.Tokenizer.from_file(str(config.vocabulary))
+            backend = tokenizers.Tokenizer.from_buffer(read_file(config.vocabulary, TokenizerError))
             backend.no_truncation()
             backend.no_padding()
         elif config.family == "bpe":
@@ -219,7 +219,8 @@ def _byte_level_bpe(config: TokenizerConfig) -> tokenizers.Tokenizer:
         text = read_file(merges, TokenizerError)
         # transformers leaves out the first line and what follows the last newline, whatever they hold; the
         # library's own reader leaves out "#version" lines and is half again as quick.
-        if text.startswith(b"#version") and text.endswith(b"\n") and text.count(b"#version") == 1:
+        plain = text.startswith(b"#version") and text.endswith(b"\n") and text.count(b"#version") == 1
+        if plain and "\ud800" > max(str(merges)):  # the library takes no names that are not UTF-8
             model = models.BPE.from_file(str(vocab), str(merges))
         else:
             model = models.BPE(vocab=_read_vocab_json(vocab), merges=_read_merges(merges))
