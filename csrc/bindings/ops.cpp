@@ -200,7 +200,7 @@ py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::obje
 }
 
 py::array qkv(PyExecContext& ctx, const py::array& x, const py::object& w, const FloatArray& bias,
-              const Batch& batch, PyKVCache& kv, int32_t layer) {
+              const Batch& batch, PyKVCache& kv, int32_t layer, bool with_query) {
   const Operand input(x, "x", 2);
   const WeightOperand operand(w, "in_out");
   const ops::Weight& weight = operand.weight;
@@ -209,12 +209,27 @@ py::array qkv(PyExecContext& ctx, const py::array& x, const py::object& w, const
   require(weight.out_features == 3 * input.shape(1), "w must be (C, 3C)");
   const float* b = bias_from(bias, weight.out_features);
   const KVLayerView view = layer_of(kv, layer);
-  py::array q = empty({input.shape(0), input.shape(1)}, DType::f32);
-  auto* data = static_cast<float*>(q.mutable_data());
+  py::array q = empty({with_query ? input.shape(0) : 0, input.shape(1)}, DType::f32);
+  float* data = with_query ? static_cast<float*>(q.mutable_data()) : nullptr;
   compute(ctx, [&](ExecContext& c) {
     std::lock_guard<std::mutex> lock(kv.mutex);
     ops::qkv(c, input.data(), weight, b, batch.view(), data, view);
   });
+  return q;
+}
+
+py::array query(PyExecContext& ctx, const py::array& x, const py::object& w,
+                const FloatArray& bias) {
+  const Operand input(x, "x", 2);
+  const WeightOperand operand(w, "in_out");
+  const ops::Weight& weight = operand.weight;
+  require_dense(input, weight);
+  require(weight.out_features == 3 * input.shape(1), "w must be (C, 3C)");
+  const float* b = bias_from(bias, weight.out_features);
+  py::array q = empty({input.shape(0), input.shape(1)}, DType::f32);
+  auto* data = static_cast<float*>(q.mutable_data());
+  compute(ctx,
+          [&](ExecContext& c) { ops::query(c, input.data(), input.shape(0), weight, b, data); });
   return q;
 }
 
@@ -335,7 +350,8 @@ void bind_ops(py::module_& m) {
   m.def("linear_residual", &linear_residual, arg("ctx"), arg("x"), arg("w"), arg("bias"),
         arg("residual"), arg("layout") = "in_out");
   m.def("qkv", &qkv, arg("ctx"), arg("x"), arg("w"), arg("bias"), arg("batch"), arg("kv"),
-        arg("layer"));
+        arg("layer"), arg("with_query") = true);
+  m.def("query", &query, arg("ctx"), arg("x"), arg("w"), arg("bias"));
   m.def("attention", &attention, arg("ctx"), arg("q"), arg("batch"), arg("kv"), arg("layer"),
         arg("scale"), arg("out_dtype") = "float32");
   m.def("score_rows", &score_rows, arg("ctx"), arg("x"), arg("head"), arg("targets"),

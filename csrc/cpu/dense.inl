@@ -85,7 +85,9 @@ static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, 
     int64_t count;
     if (part == 0) {
       count = smaller(n, channels - channel);
-      copy_f32(y, count, static_cast<float*>(j.out) + row * j.out_stride + channel);
+      if (j.out != nullptr) {
+        copy_f32(y, count, static_cast<float*>(j.out) + row * j.out_stride + channel);
+      }
     } else {
       const int64_t head = channel / kv.head_dim, d0 = channel % kv.head_dim;
       count = smaller(n, kv.head_dim - d0);

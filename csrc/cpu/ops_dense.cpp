@@ -1,4 +1,4 @@
-// linear, linear_residual and qkv of ops.h.
+// linear, linear_residual, qkv and query of ops.h.
 #include <algorithm>
 #include <cstring>
 
@@ -20,15 +20,21 @@ constexpr int64_t kPackInputs =
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-void run_items(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels) {
+// Columns [first_col, end_col); first_col is a multiple of panel_columns.
+void run_columns(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels,
+                 int64_t first_col, int64_t end_col) {
   const DenseItems items =
-      cut_dense(kernels, rows, job.out_features, kMaxItemRows, ctx.pool.num_threads());
+      cut_dense(kernels, rows, end_col - first_col, kMaxItemRows, ctx.pool.num_threads());
   const int64_t size = round_up(kernels.scratch_floats(items.rows, items.cols), 16);
   float* scratch = ctx.arena.take<float>(size * ctx.pool.num_threads());
   ctx.pool.parallel_for(items.count(), [&](int64_t i, int worker) {
-    kernels.run(job, items.row0(i), items.row1(i), items.col0(i), items.col1(i),
-                scratch + worker * size);
+    kernels.run(job, items.row0(i), items.row1(i), first_col + items.col0(i),
+                first_col + items.col1(i), scratch + worker * size);
   });
+}
+
+void run_items(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels) {
+  run_columns(ctx, job, rows, kernels, 0, job.out_features);
 }
 
 }  // namespace
@@ -177,27 +183,40 @@ void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
   cpu::DenseJob job = cpu::prepare_dense(ctx, x, batch.num_tokens, w, bias);
   job.kv = cpu::kv_memory(cache);
   const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, w.dtype);
+  const int64_t channels = w.out_features / 3;
+  const int64_t first_col =
+      q != nullptr ? 0 : channels / kernels.panel_columns * kernels.panel_columns;
   if (cache.layout.dtype != DType::i8) {
     job.store = cpu::Store::qkv;
     job.out = q;
-    job.out_stride = w.out_features / 3;
+    job.out_stride = channels;
     job.kv_slot = slots;
-    return cpu::run_items(ctx, job, batch.num_tokens, kernels);
+    return cpu::run_columns(ctx, job, batch.num_tokens, kernels, first_col, w.out_features);
   }
   // The scale of a head is known once all of its channels are: q, k and v first, then the cache.
-  const int64_t channels = w.out_features / 3;
   float* qkv = ctx.arena.take<float>(batch.num_tokens * 3 * channels);
   job.out = qkv;
   job.out_stride = 3 * channels;
-  cpu::run_items(ctx, job, batch.num_tokens, kernels);
+  cpu::run_columns(ctx, job, batch.num_tokens, kernels, first_col, w.out_features);
   ctx.pool.parallel_for(cpu::ceil_div(batch.num_tokens, cpu::kQuantizeRows), [&](int64_t i, int) {
     const int64_t end = std::min<int64_t>((i + 1) * cpu::kQuantizeRows, batch.num_tokens);
     for (int64_t t = i * cpu::kQuantizeRows; t < end; ++t) {
       const float* row = qkv + t * 3 * channels;
-      std::memcpy(q + t * channels, row, channels * sizeof(float));
+      if (q != nullptr) std::memcpy(q + t * channels, row, channels * sizeof(float));
       ctx.kernels.quantize_kv(job.kv, slots[t], row + channels, row + 2 * channels);
     }
   });
+}
+
+void query(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
+           float* q) {
+  if (num_rows == 0) return;
+  ArenaScope scope(ctx.arena);
+  cpu::DenseJob job = cpu::prepare_dense(ctx, x, num_rows, w, bias);
+  const int64_t channels = w.out_features / 3;
+  job.out = q;
+  job.out_stride = channels;
+  cpu::run_columns(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype), 0, channels);
 }
 
 }  // namespace pyengine::ops

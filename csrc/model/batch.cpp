@@ -1,5 +1,6 @@
 #include "model/batch.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -131,6 +132,32 @@ void Batch::require_blocks(int32_t num_blocks, std::vector<uint8_t>& marks) cons
       marks[table[i]] |= kWritten;
     }
   }
+}
+
+void ChosenRows::choose(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows) {
+  rows_.assign(rows, rows + num_rows);
+  std::sort(rows_.begin(), rows_.end());
+  rows_.erase(std::unique(rows_.begin(), rows_.end()), rows_.end());
+  auto first_at_least = [this](int32_t row) {
+    return static_cast<int32_t>(std::lower_bound(rows_.begin(), rows_.end(), row) - rows_.begin());
+  };
+  index_.clear();
+  for (int32_t r = 0; r < num_rows; ++r) index_.push_back(first_at_least(rows[r]));
+  positions_.clear();
+  for (int32_t row : rows_) positions_.push_back(batch.positions[row]);
+  query_start_.clear();
+  for (int32_t b = 0; b <= batch.num_seqs; ++b) {
+    query_start_.push_back(first_at_least(batch.query_start[b]));
+  }
+}
+
+ops::RaggedBatch ChosenRows::view(const ops::RaggedBatch& batch) const {
+  ops::RaggedBatch chosen = batch;
+  chosen.token_ids = nullptr;
+  chosen.positions = positions_.data();
+  chosen.query_start = query_start_.data();
+  chosen.num_tokens = size();
+  return chosen;
 }
 
 }  // namespace pyengine

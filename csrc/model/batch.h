@@ -38,4 +38,21 @@ class Batch {
   int32_t max_blocks_ = 0;
 };
 
+// The rows of a batch that somebody reads, each once, in the order of the batch.
+class ChosenRows {
+ public:
+  // `rows` (R,) of the batch in any order, any of them more than once.
+  void choose(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows);
+
+  int32_t size() const { return static_cast<int32_t>(rows_.size()); }
+  const int32_t* rows() const { return rows_.data(); }
+  // (R,) where each of the `rows` that were asked for is among rows().
+  const int32_t* index() const { return index_.data(); }
+  // `batch` with these tokens only; without token_ids.
+  ops::RaggedBatch view(const ops::RaggedBatch& batch) const;
+
+ private:
+  std::vector<int32_t> rows_, index_, positions_, query_start_;
+};
+
 }  // namespace pyengine

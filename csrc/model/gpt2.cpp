@@ -127,6 +127,7 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   ff_.reserve(tokens * config_.n_inner * size_of(dtype_));
   void* h = h_.buffer.data();
   void* attn = attn_.buffer.data();
+  chosen_.choose(view, rows, num_rows);
 
   if (batch.num_copies() > 0) {
     step.enter(Part::copy_blocks, row_cost(batch.num_copies(), config_.n_layer,
@@ -145,31 +146,39 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
     step.enter(Part::layer_norm, row_cost(tokens, channels, sizeof(float), act));
     ops::layer_norm(ctx, x, nullptr, tokens, channels, layer.ln_1.gain, layer.ln_1.bias,
                     config_.layer_norm_epsilon, h, dtype_);
+    // Nobody reads the other rows of the last layer, which in a prompt are nearly all of them.
+    const bool some_rows = i + 1 == config_.n_layer && chosen_.size() < tokens;
     // A third of the outputs is the query, float32; the rest goes to the cache.
-    step.enter(Part::qkv, dense_cost(layer.c_attn.weight, tokens, act,
-                                     (sizeof(float) + 2 * size_of(kv.layout().dtype)) / 3));
-    ops::qkv(ctx, h, layer.c_attn.weight, layer.c_attn.bias, view, q, kv.layer(i));
-    const bool is_last = i + 1 == config_.n_layer;
-    if (is_last && num_rows == 0) return nullptr;
-    step.enter(Part::attention, attention);
-    ops::attention(ctx, q, view, kv.layer(i), scale, attn, dtype_);
-    if (!is_last || num_rows >= tokens) {
+    Cost qkv = dense_cost(layer.c_attn.weight, tokens, act,
+                          (sizeof(float) + 2 * size_of(kv.layout().dtype)) / 3);
+    if (some_rows) qkv.operations = qkv.operations / 3 * 2;
+    step.enter(Part::qkv, qkv);
+    ops::qkv(ctx, h, layer.c_attn.weight, layer.c_attn.bias, view, some_rows ? nullptr : q,
+             kv.layer(i));
+    if (!some_rows) {
+      step.enter(Part::attention, attention);
+      ops::attention(ctx, q, view, kv.layer(i), scale, attn, dtype_);
       mlp(ctx, step, layer, attn, tokens, x);
       continue;
     }
-    // Nobody reads the other rows of the last layer: in a prompt that is nearly all of them.
-    step.enter(Part::gather,
-               row_cost(num_rows, channels, sizeof(float) + act, sizeof(float) + act));
-    float* last_x = last_x_.f32(num_rows * channels);
-    auto* last_attn = static_cast<std::byte*>(last_attn_.reserve(num_rows * act_row));
-    for (int64_t r = 0; r < num_rows; ++r) {
-      std::memcpy(last_x + r * channels, x + rows[r] * channels, channels * sizeof(float));
-      std::memcpy(last_attn + r * act_row, static_cast<std::byte*>(attn) + rows[r] * act_row,
-                  act_row);
+    if (num_rows == 0) return nullptr;
+    const int64_t some = chosen_.size();
+    step.enter(Part::gather, row_cost(some, channels, sizeof(float) + act, sizeof(float) + act));
+    float* last_x = last_x_.f32(some * channels);
+    auto* last_h = static_cast<std::byte*>(last_h_.reserve(some * act_row));
+    for (int64_t r = 0; r < some; ++r) {
+      const int64_t row = chosen_.rows()[r];
+      std::memcpy(last_x + r * channels, x + row * channels, channels * sizeof(float));
+      std::memcpy(last_h + r * act_row, static_cast<std::byte*>(h) + row * act_row, act_row);
     }
-    mlp(ctx, step, layer, last_attn, num_rows, last_x);
+    const ops::RaggedBatch some_view = chosen_.view(view);
+    step.enter(Part::qkv, row_cost(some, channels, act, sizeof(float)));
+    ops::query(ctx, last_h, some, layer.c_attn.weight, layer.c_attn.bias, q);
+    step.enter(Part::attention, step.on() ? attention_cost(some_view, kv.layout(), act) : Cost{});
+    ops::attention(ctx, q, some_view, kv.layer(i), scale, attn, dtype_);
+    mlp(ctx, step, layer, attn, some, last_x);
     x = last_x;
-    rows = nullptr;
+    rows = chosen_.index();
   }
   step.enter(Part::layer_norm, row_cost(num_rows, channels, sizeof(float), act));
   ops::layer_norm(ctx, x, rows, num_rows, channels, ln_f_.gain, ln_f_.bias,

@@ -100,8 +100,8 @@ class GPT2 {
   void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const;
   void require_scored(const Batch& batch, const ScoredRows& scored) const;
 
-  // Everything up to and including the final layer norm of the chosen rows: (R, C) of dtype_, or
-  // null if there are none.
+  // Everything up to and including the final layer norm of `rows`: (R, C) of dtype_, or null if
+  // there are none.
   const void* hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& kv, const Batch& batch,
                             const int32_t* rows, int32_t num_rows);
   void mlp(ExecContext& ctx, ProfiledStep& step, const Layer& layer, const void* attn_out,
@@ -120,17 +120,18 @@ class GPT2 {
   std::vector<AlignedBuffer> owned_;
 
   // T, R, C as in ops.h; act is dtype_.
-  Activations x_;          // (T, C) f32: the residual stream
-  Activations h_;          // (T, C) act: what a dense layer reads
-  Activations q_;          // (T, C) f32
-  Activations attn_;       // (T, C) act
-  Activations ff_;         // (T, n_inner) act
-  Activations last_x_;     // (R, C) f32: chosen rows of the last layer
-  Activations last_attn_;  // (R, C) act
-  Activations logits_;     // (R, V) f32
+  Activations x_;       // (T, C) f32: the residual stream
+  Activations h_;       // (T, C) act: what a dense layer reads
+  Activations q_;       // (T, C) f32
+  Activations attn_;    // (T, C) act
+  Activations ff_;      // (T, n_inner) act
+  Activations last_x_;  // (R, C) f32: chosen rows of the last layer
+  Activations last_h_;  // (R, C) act
+  Activations logits_;  // (R, V) f32
   std::vector<int32_t> rows_, sample_slots_, sample_positions_;
   std::vector<int32_t> top_ids_;     // (R, top_n) of scored rows
   std::vector<float> top_logprobs_;  // (R, top_n)
+  ChosenRows chosen_;
   std::vector<uint8_t> block_marks_;
 };
 

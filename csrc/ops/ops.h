@@ -74,14 +74,20 @@ void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const We
 // q, k, v = split(x w + bias); q to `q`, k and v rounded to the cache's dtype and written to their
 // slots: token t of sequence b at position p goes to block block_table[b][p / 16], slot p % 16.
 // An i8 cache has a scale per token and head, max |x| / 127.
-//   x (T, C) act; w (C, 3C); bias (3C,); q (T, C) f32
+//   x (T, C) act; w (C, 3C); bias (3C,); q (T, C) f32, or null if only keys and values are wanted
 void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
          const RaggedBatch& batch, float* q, const KVLayerView& cache);
+
+// The q of `qkv`, of some rows only.
+//   x (R, C) act; w (C, 3C); bias (3C,); q (R, C) f32
+void query(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
+           float* q);
 
 // out[t, h] = softmax(scale * q[t, h] . keys[h]) values[h] over the tokens at positions <=
 // positions[t] of t's sequence, keys and values as stored in the cache (so after qkv of the same
 // layer).
-//   q (T, C) f32; out (T, C) of out_dtype; ConfigError if head_dim > kMaxHeadDim
+//   q (T, C) f32; out (T, C) of out_dtype; ConfigError if head_dim > kMaxHeadDim. Here the tokens
+//   of a sequence may be any of those in the cache, positions rising, or none.
 void attention(ExecContext& ctx, const float* q, const RaggedBatch& batch, const KVLayerView& cache,
                float scale, void* out, DType out_dtype);
 

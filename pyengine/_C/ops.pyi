@@ -76,8 +76,14 @@ def qkv(
     batch: Batch,
     kv: KVCache,
     layer: int,
+    with_query: bool = True,
 ) -> _Floats:
-    """q (T, C) of ``x w + bias``, w (C, 3C); keys and values go to the cache."""
+    """q (T, C) of ``x w + bias``, w (C, 3C), or (0, C) without query; keys and values go to the cache."""
+
+def query(
+    ctx: ExecContext, x: _FloatsOrBfloat16, w: _FloatsOrBfloat16 | PackedWeight, bias: _Floats
+) -> _Floats:
+    """The q (R, C) that ``qkv`` gives for these rows."""
 
 def attention(
     ctx: ExecContext,

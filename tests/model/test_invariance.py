@@ -127,6 +127,8 @@ def test_selected_rows_and_scores_equal_the_whole(
 
     rows = [0, 32, 33, 132, 133]
     assert np.array_equal(bits(runner.model.forward(kv, batch, array("i", rows))), bits(whole[rows]))
+    shuffled = [133, 0, 33, 33]  # in any order, and more than once
+    assert np.array_equal(bits(runner.model.forward(kv, batch, array("i", shuffled))), bits(whole[shuffled]))
 
     targets = rng.integers(vocab_size, size=len(rows)).tolist()
     logprobs, top_ids, top_logprobs = runner.score(kv, batch, rows, targets, 5)

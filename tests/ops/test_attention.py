@@ -150,3 +150,22 @@ def test_peaked_attention_takes_one_value(isa: str) -> None:
     w[:, 2 * channels :] = np.random.default_rng(1).standard_normal((channels, channels))
     out = run(isa, "float32", 1, [x], w, np.zeros(3 * channels, np.float32), chunk=1000)[0]
     np.testing.assert_array_equal(out, w[:, 2 * channels :])
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("n_head", "head_dim"), [(2, 64), (3, 20), (1, 7)])
+def test_queries_apart_from_keys_and_values(isa: str, kv_dtype: str, n_head: int, head_dim: int) -> None:
+    """The last layer's way: keys and values of all rows, queries of some; the same bits."""
+    channels = n_head * head_dim
+    rng = np.random.default_rng(5)
+    (x,), w, bias = inputs(rng, [45], channels)
+    batch = make_batch([[0] * 45], [[2, 0, 3]], [(0, 0, 45)])
+    caches = [_C.KVCache(1, n_head, head_dim, 4, kv_dtype) for _ in range(2)]
+    ctx = context(isa, 2)
+    q = ops.qkv(ctx, x, w, bias, batch, caches[0], 0)
+    assert ops.qkv(ctx, x, w, bias, batch, caches[1], 0, with_query=False).shape == (0, channels)
+    for block in (2, 0, 3):
+        assert np.array_equal(ops.read_block(caches[0], 0, block), ops.read_block(caches[1], 0, block))
+    rows = [0, 17, 18, 44]
+    np.testing.assert_array_equal(ops.query(ctx, x[rows], w, bias), q[rows])
