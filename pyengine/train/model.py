@@ -244,7 +244,8 @@ def to_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensors[name] = (value.T if name.endswith(CONV1D) else value).detach().contiguous()
-        bias = name.removesuffix("weight") + "bias"
-        if name.startswith("transformer.") and "wte" not in name and "wpe" not in name and bias not in state:
-            tensors[bias] = value.new_zeros(len(value))
+        layer, kind = name.rsplit(".", 1)
+        has_bias = layer.startswith("transformer.") and not layer.endswith(("wte", "wpe"))
+        if kind == "weight" and has_bias and f"{layer}.bias" not in state:
+            tensors[f"{layer}.bias"] = value.new_zeros(len(value))
     return tensors

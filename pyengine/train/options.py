@@ -110,7 +110,9 @@ class TrainOptions:
     schedule: str = _option(
         "cosine", "Training", "Way from --lr to --min-lr; wsd: constant, then linear.", choices=SCHEDULES
     )
-    warmup_steps: int = _option(100, "Training", "Steps of linear warm-up.")
+    warmup_steps: int = _option(
+        100, "Training", "Steps of linear warm-up.  [default: 100, at most a tenth of --steps]"
+    )
     decay_fraction: float = _option(0.3, "Training", "Part of the steps in which wsd decays.")
     beta1: float = _option(0.9, "Training", "AdamW's average of gradients.")
     beta2: float = _option(0.99, "Training", "AdamW's average of squared gradients.")
@@ -182,6 +184,8 @@ class TrainOptions:
             self.lr = 1e-2 if self.optimizer == "muon" else 1e-3
         if self.min_lr is None:
             self.min_lr = self.lr / 10
+        if "warmup_steps" not in self.given:
+            self.warmup_steps = min(self.warmup_steps, self.steps // 10)
         if self.save_every is None:
             self.save_every = self.eval_every
         if self.lora_alpha is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int | None, sp_type: st
     elif kind == "bpe":
         backend = _byte_level_bpe(_sample(texts()), vocab_size)
     else:
-        backend = _sentencepiece(_sample(texts()), vocab_size, sp_type)
+        backend = _sentencepiece(lambda: _sample(texts()), vocab_size, sp_type)
     backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
     directory.mkdir(parents=True, exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
@@ -141,14 +142,14 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
                     yield sentence
 
 
-def _sentencepiece(texts: Iterator[str], vocab_size: int | None, sp_type: str) -> Any:
+def _sentencepiece(texts: Texts, vocab_size: int | None, sp_type: str) -> Any:
     import sentencepiece
 
     model = io.BytesIO()
     size = vocab_size or DEFAULT_VOCAB_SIZE
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_sentences(texts()),
             model_writer=model,
             model_type=sp_type,
             vocab_size=size,
@@ -172,22 +173,17 @@ def _sentencepiece(texts: Iterator[str], vocab_size: int | None, sp_type: str) -
             num_threads=1,  # with more, the pieces depend on their number
         )
     except RuntimeError as error:
-        message = str(error)
-        limit = [int(w.rstrip(".")) for w in message.split() if w.rstrip(".").isdigit()]
-        if sp_type == "bpe" and vocab_size is None and limit and "too high" in message:
-            raise ConfigError(
-                f"the data supports only {limit[-1]} SentencePiece tokens: use --vocab-size {limit[-1]}"
-            ) from None
+        supported = re.search(r"too high .*<= (\d+)", str(error))
+        if supported and vocab_size is None:  # BPE has no soft limit
+            return _sentencepiece(texts, int(supported[1]), sp_type)
+        if supported:
+            raise _too_large(size, int(supported[1])) from None
+        reason = str(error).split("] ")[-1].strip()  # behind file, line and condition
         raise ConfigError(
-            f"--vocab-size {size}: SentencePiece cannot train it on this data: {_last_sentence(message)}"
+            f"--vocab-size {size}: SentencePiece cannot train it on this data: {reason}"
         ) from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     return _from_sentencepiece(processor, sp_type)
-
-
-def _last_sentence(message: str) -> str:
-    """Without the file, line and condition of SentencePiece's source that its messages begin with."""
-    return message.split("] ")[-1].strip() or message
 
 
 def _from_sentencepiece(processor: Any, sp_type: str) -> Any:

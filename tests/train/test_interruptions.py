@@ -1,0 +1,184 @@
+"""Nothing is lost: kill at any moment, signals, a full disk, losses that are not finite."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pyengine.errors import TrainingError  # noqa: E402
+from pyengine.train import loop  # noqa: E402
+from pyengine.train.checkpoint import load_state  # noqa: E402
+from pyengine.train.files import write_atomically  # noqa: E402
+from pyengine.train.options import TrainOptions  # noqa: E402
+from pyengine.train.run import train  # noqa: E402
+from tests.train.helpers import (  # noqa: E402
+    ENVIRONMENT,
+    PYTHON,
+    command_line,
+    losses,
+    read_log,
+    tiny_options,
+)
+
+
+def weights(out: Path) -> dict[str, Any]:
+    state: dict[str, Any] = load_state(out)["model"]
+    return state
+
+
+def start(options: TrainOptions) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*PYTHON, *command_line(options)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        file = out / "log.jsonl"
+        if file.exists() and file.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"ended with {process.poll()}: {process.stderr and process.stderr.read().decode()}")
+
+
+def test_resume_after_kill_is_exact(text_file: str, tmp_path: Path) -> None:
+    """SIGKILL at a random moment; what goes on from there gives the losses of a run that was left alone."""
+
+    def options(name: str) -> TrainOptions:
+        return tiny_options(
+            text_file,
+            tmp_path / name,
+            steps=400,
+            eval_every=20,
+            save_every=7,
+            dropout=0.1,
+            grad_accum=2,
+            resume="auto",
+        )
+
+    train(options("whole"), quiet=True)
+    rng = random.Random(5)
+    process = start(options("killed"))
+    wait_for_step(tmp_path / "killed", 20, process)
+    time.sleep(rng.random() / 5)
+    process.kill()
+    process.communicate()
+    first = read_log(tmp_path / "killed")
+    assert 20 <= len(first) < 400
+    train(options("killed"), quiet=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "killed")[name]), name
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_from_anywhere_is_exact(
+    text_file: str, tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends ten times in the middle of a step, an evaluation or a write, and goes on each time."""
+
+    def options(name: str) -> TrainOptions:
+        changes = {"steps": 60, "eval_every": 9, "save_every": 4, "dropout": 0.1, "log_every": 3}
+        return tiny_options(
+            text_file, tmp_path / name, optimizer=optimizer, sample_tokens=3, resume="auto", **changes
+        )
+
+    train(options("whole"), quiet=True)
+    rng = random.Random(optimizer)
+    original = {
+        (loop.Trainer, "_step"): loop.Trainer._step,
+        (loop.Trainer, "evaluate"): loop.Trainer.evaluate,
+        (loop.Trainer, "_sample"): loop.Trainer._sample,
+    }
+    left = [0]
+
+    def dying(function):  # type: ignore[no-untyped-def]
+        def call(*arguments):  # type: ignore[no-untyped-def]
+            result = function(*arguments)
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return result
+
+        return call
+
+    def dying_write(path, write):  # type: ignore[no-untyped-def]
+        def half(file):  # type: ignore[no-untyped-def]
+            write(file)
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        write_atomically(path, half)
+
+    for (owner, name), function in original.items():
+        monkeypatch.setattr(owner, name, dying(function))
+    monkeypatch.setattr("pyengine.train.checkpoint.write_atomically", dying_write)
+    deaths = 0
+    while True:
+        left[0] = rng.randrange(2, 16) if deaths < 10 else 1_000_000
+        try:
+            train(options("killed"), quiet=True)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths == 10
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "killed")[name]), name
+    assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_first(text_file: str, out: Path, number: int, status: int) -> None:
+    options = tiny_options(text_file, out, steps=100_000, eval_every=100_000)
+    process = start(options)
+    wait_for_step(out, 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    rows = read_log(out)
+    assert b"--resume auto goes on" in errors
+    assert load_state(out)["step"] == rows[-1]["step"] >= 3
+    assert (out / "last/model.safetensors").is_file()
+
+
+def test_full_disk(text_file: str, out: Path) -> None:
+    """A limit on the size of files, which fails writes as a full disk does."""
+    train(tiny_options(text_file, out, steps=6), quiet=True)
+    size = (out / "state/checkpoint.pt").stat().st_size
+    good = (out / "state/checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"cannot be written: .*checkpoint.pt, after step 6"):
+            train(tiny_options(text_file, out, steps=12, resume="auto"), quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "state/checkpoint.pt").read_bytes() == good
+    assert not list(out.rglob("*.tmp"))
+    train(tiny_options(text_file, out, steps=12, resume="auto"), quiet=True)
+    assert read_log(out)[-1]["step"] == 12
+
+
+def test_losses_that_are_not_finite(text_file: str, out: Path) -> None:
+    options = tiny_options(text_file, out, steps=200, lr=1e30, grad_clip=0, save_every=1, warmup_steps=0)
+    with pytest.raises(TrainingError, match=r"step \d+ is not finite: .*(last good|no checkpoint)") as caught:
+        train(options, quiet=True)
+    state = load_state(out)
+    assert f"after step {state['step']}" in str(caught.value)
+    assert all(value.isfinite().all() for value in state["model"].values())
