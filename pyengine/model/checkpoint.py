@@ -199,9 +199,10 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], tuple[Path, ...]]:
                 "it must be the name of a file in the same directory"
             )
     shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    # os.path: False, where pathlib raises for a name that is too long or not Unicode
+    absent = [shard for shard in shards if not os.path.isfile(index.parent / shard)]
     if absent:
-        listed = ", ".join(absent[:4]) + (", ..." if len(absent) > 4 else "")
+        listed = ", ".join(show(shard)[1:-1] for shard in absent[:4]) + (", ..." if len(absent) > 4 else "")
         raise CheckpointError(f"{index}: {len(absent)} of {len(shards)} shards are missing: {listed}")
     contents = {shard: _reader(index.parent / shard)(index.parent / shard) for shard in shards}
     tensors = {}
