@@ -17,7 +17,6 @@ from pyengine.outputs import StreamDelta
 
 Progress = Callable[[int, int, int], object]  # finished requests, all requests, tokens so far
 _PROGRESS_INTERVAL = 0.1  # seconds
-_MAX_PRIORITY = 2**31 - 1
 
 AnyRequest = TypeVar("AnyRequest", bound=Request)
 
@@ -119,21 +118,6 @@ async def async_deltas(engine: EngineThread, request: Generation) -> AsyncGenera
             raise request.error
     finally:
         engine.abort(request)
-
-def priorities_of_each(given: Any, count: int) -> list[int]:
-    """One for each of ``count`` requests."""
-    listed = list(given) if isinstance(given, (list, tuple)) else [given] * count
-    for priority in listed:
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > _MAX_PRIORITY:
-            raise RequestError(
-                f"priority={priority!r}: must be an integer from {-_MAX_PRIORITY} to {_MAX_PRIORITY}"
-            )
-    if len(listed) != count:
-        raise RequestError(
-            f"{len(listed)} priorities for {count} prompts: give one for all, or one for each"
-        )
-    return listed
-
 
 def progress_line(what: str) -> Progress:
     def report(done: int, total: int, tokens: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
@@ -15,35 +14,24 @@ from pyengine.calls import (
     check_callback,
     deltas,
     finished_in_order,
-    priorities_of_each,
     progress_line,
     raise_first_error,
     wait_for_end,
 )
-from pyengine.decoding.params import MAX_SEED, SamplingParams, derived_seed, params_of_each
-from pyengine.engine.generation import Generation
-from pyengine.engine.scheduler import BLOCK_TOKENS
-from pyengine.engine.scoring import Scoring
+from pyengine.decoding.params import MAX_SEED, SamplingParams
 from pyengine.engine.thread import EngineThread
-from pyengine.errors import RequestError, TokenizerError
+from pyengine.errors import RequestError
 from pyengine.loading import check_count, load
 from pyengine.outputs import Choice, EngineStats, RequestOutput, ScoreOutput, StreamDelta
-from pyengine.prompts import Prompt, Prompts, as_choices, as_list, is_one
-from pyengine.targets import (
-    LENGTH_NORMALIZATIONS,
-    Target,
-    check_scoring,
-    continuation_targets,
-    rank_choices,
-    score_targets,
-)
+from pyengine.prompts import Prompt, Prompts, as_choices, is_one
+from pyengine.requests import RequestMaker
+from pyengine.targets import LENGTH_NORMALIZATIONS, Target, continuation_targets, rank_choices, score_targets
 
 if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
 
 OnOutput = Callable[[int, RequestOutput], object]
 OnScore = Callable[[int, ScoreOutput], object]
-_AUTOMATIC_ID = "auto-"  # what the ids of requests without a request_id begin with
 
 
 class LLM:
@@ -117,10 +105,9 @@ class LLM:
         self.max_model_len = loaded.engine.max_model_len
         self._codec = loaded.codec
         self._engine = loaded.engine
-        self._defaults = loaded.defaults
-        self._seed = seed
-        self._numbers = itertools.count()  # of requests
-        self._seeds = itertools.count()  # of requests that draw
+        self._requests = RequestMaker(
+            loaded.engine, loaded.codec, loaded.defaults, self.config.vocab_size, seed
+        )
         self._thread = EngineThread(loaded.engine, max_queue_size)
         weakref.finalize(self, self._thread.stop).atexit = False  # thread.py has an exit handler of its own
 
@@ -182,18 +169,8 @@ class LLM:
         """
         check_callback("progress", progress)
         check_callback("on_output", on_output)
-        many = not is_one(prompts)
-        listed = as_list(prompts)
-        priorities = priorities_of_each(priority, len(listed))
-        each = zip(listed, params_of_each(params, len(listed)), priorities, strict=True)
-        requests = []
-        for index, (prompt, one, its_priority) in enumerate(each):
-            try:
-                requests.append(self._request(prompt, one, its_priority))
-            except (RequestError, TokenizerError) as error:
-                if not many:
-                    raise
-                raise type(error)(f"prompt {index + 1} of {len(listed)}: {error}") from error
+        self._thread.check_process()
+        requests = self._requests.generations(prompts, params, priority)
         outputs: list[RequestOutput] = []
         report = progress_line("prompts, {} new tokens") if progress is True else progress or None
         ended = finished_in_order(self._thread, requests, report, lambda request: request.num_new_tokens)
@@ -230,7 +207,8 @@ class LLM:
         the engine's queue, which holds ``max_queue_size``; from there on it runs, whether its deltas are
         asked for or not.
         """
-        found = deltas(self._thread, self._streamed(prompt, params, request_id, priority))
+        self._thread.check_process()
+        found = deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority))
         next(found, None)  # queued: from here on, closing it ends the request
         return cast("Generator[StreamDelta, None, None]", found)
 
@@ -247,7 +225,8 @@ class LLM:
         Raises RequestError at the call. The request is queued when the first delta is awaited. Closing the
         generator (``aclose``), or cancelling the task that waits for it, ends the request.
         """
-        return async_deltas(self._thread, self._streamed(prompt, params, request_id, priority))
+        self._thread.check_process()
+        return async_deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority))
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step: what it has is its output ("abort"). Others are left alone."""
@@ -265,7 +244,7 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
-        priority: int = 0,
+        priority: int | Sequence[int] = 0,
         progress: bool | Progress = False,
         on_output: OnScore | None = None,
     ) -> ScoreOutput: ...
@@ -279,7 +258,7 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
-        priority: int = 0,
+        priority: int | Sequence[int] = 0,
         progress: bool | Progress = False,
         on_output: OnScore | None = None,
     ) -> list[ScoreOutput]: ...
@@ -292,7 +271,7 @@ class LLM:
         add_bos: bool = False,
         stride: int | None = None,
         top_logprobs: int = 0,
-        priority: int = 0,
+        priority: int | Sequence[int] = 0,
         progress: bool | Progress = False,
         on_output: OnScore | None = None,
     ) -> ScoreOutput | list[ScoreOutput]:
@@ -338,74 +317,16 @@ class LLM:
         scores = self._score(targets, None, 0, priority)
         return rank_choices(scores, length_normalization)
 
-    def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int,
-        request_id: str | None = None,
-        stream: bool = False,
-    ) -> Generation:
-        """A request that is known to fit."""
-        self._thread.check_process()
-        ids = self._codec.encode_prompt(prompt)
-        if params.truncate_prompt_tokens is not None:
-            ids = ids[-params.truncate_prompt_tokens :]
-        number = next(self._numbers)
-        resolved = self._defaults.resolve(
-            params, prompt_tokens=len(ids), max_model_len=self.max_model_len, seed=self._derived_seed()
-        )
-        request = Generation(
-            f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
-            number,
-            prompt if isinstance(prompt, str) else None,
-            ids,
-            resolved,
-            None if self._codec.tokenizer is None else self._codec,
-            priority=priority,
-            stream=stream,
-        )
-        self._engine.check(request)
-        return request
-
-    def _streamed(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
-    ) -> Generation:
-        if not is_one(prompt):
-            raise RequestError("a stream continues one prompt; give a list of prompts to generate")
-        if request_id is not None and (
-            not isinstance(request_id, str) or request_id.startswith(_AUTOMATIC_ID)
-        ):
-            raise RequestError(
-                f'request_id={request_id!r}: must be a string that does not begin with "{_AUTOMATIC_ID}"'
-            )
-        (one,) = as_list(prompt)
-        (its_priority,) = priorities_of_each(priority, 1)
-        return self._request(one, params_of_each(params, 1)[0], its_priority, request_id, stream=True)
-
-    def _derived_seed(self) -> int:
-        """The seed of a request that names none."""
-        number = next(self._seeds)
-        if self._seed is None:
-            return int.from_bytes(os.urandom(8), "little") >> 1
-        return derived_seed(self._seed, number)
-
     def _score(
         self,
         targets: list[Target],
         stride: int | None,
         top_n: int,
-        priority: int,
+        priority: int | Sequence[int],
         progress: Progress | None = None,
         on_output: OnScore | None = None,
     ) -> list[ScoreOutput]:
-        size = min(self.max_model_len, self.num_kv_blocks * BLOCK_TOKENS)
-        stride = check_scoring(size, stride, top_n)
-        requests = []
-        best = min(top_n, self.config.vocab_size)
-        for target, its_priority in zip(targets, priorities_of_each(priority, len(targets)), strict=True):
-            number, windows = next(self._numbers), target.windows(size, stride)
-            requests.append(Scoring(f"{_AUTOMATIC_ID}{number}", number, windows, best, priority=its_priority))
+        requests = self._requests.scorings(targets, stride, top_n, priority)
         outputs: list[ScoreOutput] = []
         ended = finished_in_order(self._thread, requests, progress, lambda request: request.num_scored)
         with closing(ended):

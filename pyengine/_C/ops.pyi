@@ -42,7 +42,8 @@ def pack(
     layout: str = "in_out",
     dtype: str | None = None,
 ) -> PackedWeight:
-    """The weights w (K, N) or, with layout "out_in", (N, K), packed; converted to ``dtype`` if it is given."""
+    """The weights w (K, N) or, with layout "out_in", (N, K), packed; converted to ``dtype`` if it is given.
+    """
 
 def linear(
     ctx: ExecContext,

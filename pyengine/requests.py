@@ -1,0 +1,133 @@
+"""From what callers ask for to requests of the engine, checked before anything runs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pyengine.codec import Codec
+from pyengine.decoding.params import GenerationDefaults, SamplingParams, derived_seed, params_of_each
+from pyengine.engine.engine import Engine
+from pyengine.engine.generation import Generation
+from pyengine.engine.scheduler import BLOCK_TOKENS
+from pyengine.engine.scoring import Scoring
+from pyengine.errors import RequestError, TokenizerError
+from pyengine.prompts import Prompt, Prompts, as_list, is_one
+from pyengine.targets import Target, check_scoring
+
+_AUTOMATIC_ID = "auto-"  # what the ids of requests without a request_id begin with
+_MAX_PRIORITY = 2**31 - 1
+
+
+class RequestMaker:
+    """Makes the requests of one LLM, from any thread: numbers them, and gives seeds to those without one."""
+
+    def __init__(
+        self, engine: Engine, codec: Codec, defaults: GenerationDefaults, vocab_size: int, seed: int | None
+    ) -> None:
+        self._engine = engine
+        self._codec = codec
+        self._defaults = defaults
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._numbers = itertools.count()
+        self._seeds = itertools.count()
+
+    def generations(self, prompts: Prompts, params: Any, priority: Any) -> list[Generation]:
+        """One per prompt. RequestError or TokenizerError naming the prompt at fault, by its place in a list.
+        """
+        listed = as_list(prompts)
+        each = zip(
+            listed, params_of_each(params, len(listed)), _one_for_each(priority, len(listed)), strict=True
+        )
+        requests = []
+        for index, (prompt, one, its_priority) in enumerate(each):
+            try:
+                requests.append(self._generation(prompt, one, its_priority))
+            except (RequestError, TokenizerError) as error:
+                if is_one(prompts):
+                    raise
+                raise type(error)(f"prompt {index + 1} of {len(listed)}: {error}") from error
+        return requests
+
+    def streamed(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int
+    ) -> Generation:
+        if not is_one(prompt):
+            raise RequestError("a stream continues one prompt; give a list of prompts to generate")
+        if request_id is not None and (
+            not isinstance(request_id, str) or request_id.startswith(_AUTOMATIC_ID)
+        ):
+            raise RequestError(
+                f'request_id={request_id!r}: must be a string that does not begin with "{_AUTOMATIC_ID}"'
+            )
+        (one,), (its_params,) = as_list(prompt), params_of_each(params, 1)
+        (its_priority,) = _one_for_each(priority, 1)
+        return self._generation(one, its_params, its_priority, request_id, stream=True)
+
+    def scorings(self, targets: Sequence[Target], stride: Any, top_n: Any, priority: Any) -> list[Scoring]:
+        """One per target; texts longer than the context in windows ``stride`` apart."""
+        size = min(self._engine.max_model_len, self._engine.core.manager.num_blocks * BLOCK_TOKENS)
+        stride = check_scoring(size, stride, top_n)
+        best = min(top_n, self._vocab_size)
+        priorities = _one_for_each(priority, len(targets))
+        requests = []
+        for target, its_priority in zip(targets, priorities, strict=True):
+            number, windows = next(self._numbers), target.windows(size, stride)
+            requests.append(Scoring(f"{_AUTOMATIC_ID}{number}", number, windows, best, priority=its_priority))
+        return requests
+
+    def _generation(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        priority: int,
+        request_id: str | None = None,
+        stream: bool = False,
+    ) -> Generation:
+        """A request that is known to fit."""
+        codec = self._codec
+        ids = codec.encode_prompt(prompt)
+        if params.truncate_prompt_tokens is not None:
+            ids = ids[-params.truncate_prompt_tokens :]
+        number = next(self._numbers)
+        resolved = self._defaults.resolve(
+            params,
+            prompt_tokens=len(ids),
+            max_model_len=self._engine.max_model_len,
+            seed=self._next_seed(),
+        )
+        request = Generation(
+            f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
+            number,
+            prompt if isinstance(prompt, str) else None,
+            ids,
+            resolved,
+            None if codec.tokenizer is None else codec,
+            priority=priority,
+            stream=stream,
+        )
+        self._engine.check(request)
+        return request
+
+    def _next_seed(self) -> int:
+        number = next(self._seeds)
+        if self._seed is None:
+            return int.from_bytes(os.urandom(8), "little") >> 1
+        return derived_seed(self._seed, number)
+
+
+def _one_for_each(priority: Any, count: int) -> list[int]:
+    listed = list(priority) if isinstance(priority, (list, tuple)) else [priority] * count
+    for one in listed:
+        if isinstance(one, bool) or not isinstance(one, int) or abs(one) > _MAX_PRIORITY:
+            raise RequestError(
+                f"priority={one!r}: must be an integer from {-_MAX_PRIORITY} to {_MAX_PRIORITY}"
+            )
+    if len(listed) != count:
+        raise RequestError(
+            f"{len(listed)} priorities for {count} prompts: give one for all, or one for each"
+        )
+    return listed
