@@ -89,8 +89,10 @@ def wait_for_end(engine: EngineThread, requests: Sequence[Request]) -> None:
         time.sleep(0.001)
 
 
-def deltas(engine: EngineThread, request: Generation) -> Generator[StreamDelta | None, None, None]:
-    """None once the request is queued, then its deltas."""
+def deltas(
+    engine: EngineThread, request: Generation, owner: object
+) -> Generator[StreamDelta | None, None, None]:
+    """None once the request is queued, then its deltas. ``owner``, without which the engine ends, is kept."""
     mailbox: SimpleQueue[Any] = SimpleQueue()
     request.mailbox = mailbox
     try:
@@ -104,7 +106,9 @@ def deltas(engine: EngineThread, request: Generation) -> Generator[StreamDelta |
         engine.abort(request)
 
 
-async def async_deltas(engine: EngineThread, request: Generation) -> AsyncGenerator[StreamDelta, None]:
+async def async_deltas(
+    engine: EngineThread, request: Generation, owner: object
+) -> AsyncGenerator[StreamDelta, None]:
     """The deltas of a request, for the event loop that runs this."""
     import asyncio
 

@@ -208,7 +208,7 @@ class LLM:
         asked for or not.
         """
         self._thread.check_process()
-        found = deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority))
+        found = deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority), self)
         next(found, None)  # queued: from here on, closing it ends the request
         return cast("Generator[StreamDelta, None, None]", found)
 
@@ -226,7 +226,7 @@ class LLM:
         generator (``aclose``), or cancelling the task that waits for it, ends the request.
         """
         self._thread.check_process()
-        return async_deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority))
+        return async_deltas(self._thread, self._requests.streamed(prompt, params, request_id, priority), self)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step: what it has is its output ("abort"). Others are left alone."""

@@ -101,6 +101,7 @@ class EngineStats:
     prompt_tokens_per_second: float  # over the last ten seconds
     new_tokens_per_second: float
     steps: int
+    failed_steps: int  # of which the requests at fault were found and given up, and the others went on
     busy_time: float  # seconds in steps
     preemptions: int
     finished: int  # requests that ended by themselves

@@ -149,6 +149,7 @@ class Engine:
 
     def _run_apart(self, scheduled: Scheduled, copies: array[int], error: Exception) -> None:
         """Find out whose fault it was. What has been computed and copied already is so once more."""
+        self.counters.failed_steps += 1
         for entry in scheduled:
             seq = entry[0]
             if seq.slot < 0:

@@ -16,6 +16,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.failed_steps = 0  # whose sequences ran once more, each alone
         self.busy_time = 0.0  # seconds in steps
         self.prompt_tokens = 0  # that ran, scored texts included
         self.new_tokens = 0

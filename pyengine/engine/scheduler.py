@@ -78,6 +78,8 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """Sequences of the next step, and how many of its next tokens each runs."""
         self.block_copies = array("i")
+        if self._overtaking >= MAX_OVERTAKING:
+            self._move_to_front(self._by_arrival[0])
         budget = self.max_num_batched_tokens
         scheduled: list[tuple[Sequence, int]] = []  # running[:position]
         position = 0
@@ -152,6 +154,7 @@ class Scheduler:
             self._stop(seq)
         self.waiting.clear()
         self._by_arrival.clear()
+        self._overtaking = 0
         self.manager.reset_prefix_cache()
 
     def _reserve(self, seq: Sequence, length: int) -> bool:
@@ -225,7 +228,7 @@ class Scheduler:
             self.manager.publish(seq.token_ids[: full * BLOCK_TOKENS], seq.blocks[:full].tolist())
 
     def _count_overtaking(self, admitted: Sequence) -> None:
-        """After ``MAX_OVERTAKING`` admissions of later ones, the first that waits goes to the front."""
+        """How many that came later have been admitted before the first that waits."""
         by_arrival = self._by_arrival
         while by_arrival and all(seq.slot >= 0 or seq.finish_reason for seq in by_arrival[0].sequences):
             by_arrival.pop(0)
@@ -233,11 +236,12 @@ class Scheduler:
         if not by_arrival or admitted.request.number <= by_arrival[0].number:
             return
         self._overtaking += 1
-        if self._overtaking == MAX_OVERTAKING:
-            for seq in by_arrival[0].sequences:
-                if seq.slot < 0:
-                    seq.key = (_FRONT, *seq.key[1:])
-            self.waiting.sort(key=_key)
+
+    def _move_to_front(self, request: Request) -> None:
+        for seq in request.sequences:
+            if seq.slot < 0:
+                seq.key = (_FRONT, *seq.key[1:])
+        self.waiting.sort(key=_key)
 
     def _start(self, seq: Sequence) -> None:
         seq.slot = self._free_slots.pop()

@@ -113,6 +113,7 @@ class EngineThread:
             prompt_tokens_per_second=prompt_rate,
             new_tokens_per_second=new_rate,
             steps=counters.steps,
+            failed_steps=counters.failed_steps,
             busy_time=counters.busy_time,
             preemptions=scheduler.preemptions,
             finished=counters.finished,
@@ -157,12 +158,11 @@ class EngineThread:
 
     def _turn(self) -> None:
         engine, inbox = self.engine, self._inbox
-        if not engine.requests or not inbox.empty():
-            while True:
-                action, argument = inbox.get()  # sleeps while nobody wants anything
-                action(argument)
-                if inbox.empty():
-                    break
+        idle = not engine.requests and not self._outside
+        while idle or not inbox.empty():
+            action, argument = inbox.get()  # sleeps while nobody wants anything
+            action(argument)
+            idle = False
         while self._outside and engine.num_waiting < self.max_queue_size:
             self._let_in(heapq.heappop(self._outside)[2])
         if engine.requests and not self._stopping:
@@ -224,6 +224,7 @@ class EngineThread:
                 request.report(seq)
         except Exception as failure:
             request.error = request.error or failure
+        self.engine.counters.count_request(request)
         self._tell(request)
 
     def _end_all(self) -> None:

@@ -6,11 +6,12 @@ or a token that was never computed shows as a wrong token. Positions are stored 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,21 @@ from pyengine.errors import InternalError, OutOfMemory
 
 BLOCK = 16
 VOCAB = 50
+
+
+class Wrong(BaseException):
+    """The engine broke a rule. No Exception, which it would take for the fault of one request."""
+
+
+def strict(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def checked(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (AssertionError, LookupError) as error:
+            raise Wrong(str(error)) from error
+
+    return checked
 
 
 class FakeBlockManager:
@@ -122,6 +138,7 @@ class FakeBlockManager:
 
 
 class FakeBatch:
+    @strict
     def __init__(
         self,
         token_ids: array[int],
@@ -175,6 +192,7 @@ class FakeModel:
         self.poison: int | None = None
         self.batches: list[tuple[int, int]] = []  # tokens and sequences of each step
 
+    @strict
     def step(
         self,
         kv: dict[int, list],

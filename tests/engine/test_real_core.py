@@ -14,8 +14,8 @@ from pyengine import _C
 from pyengine.engine.engine import Core, Engine
 from pyengine.model.checkpoint import load_checkpoint
 
-from .helpers import MAX_MODEL_LEN, generate
-from .test_schedules import Arrival, arrivals, play
+from .helpers import MAX_MODEL_LEN, run
+from .test_schedules import Arrival, arrivals, check_equal, play
 
 
 @functools.cache
@@ -29,6 +29,7 @@ def model(directory: Path, dtype: str, threads: int) -> tuple[_C.Model, tuple[in
 def real_engine(
     directory: Path,
     dtype: str,
+    kv_dtype: str,
     *,
     threads: int = 1,
     num_blocks: int = 64,
@@ -39,7 +40,7 @@ def real_engine(
     made, shape = model(directory, dtype, threads)
     core = Core(
         model=made,
-        kv=_C.KVCache(*shape, num_blocks, dtype),
+        kv=_C.KVCache(*shape, num_blocks, kv_dtype),
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, prefix_caching),
         batch=_C.Batch,
@@ -52,9 +53,12 @@ def directory(checkpoint: Callable[[str], Path]) -> Path:
     return checkpoint("head_dim_20")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_and_logprobs_equal_those_alone(directory: Path, dtype: str) -> None:
-    @settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "int8"), ("bfloat16", "float32")],
+)
+def test_tokens_and_logprobs_equal_those_alone(directory: Path, dtype: str, kv_dtype: str) -> None:
+    @settings(max_examples=30, deadline=None)
     @given(
         trace=arrivals,
         num_blocks=st.integers(8, 40),
@@ -74,6 +78,7 @@ def test_tokens_and_logprobs_equal_those_alone(directory: Path, dtype: str) -> N
         crowded = real_engine(
             directory,
             dtype,
+            kv_dtype,
             threads=threads,
             num_blocks=num_blocks,
             budget=budget,
@@ -83,12 +88,7 @@ def test_tokens_and_logprobs_equal_those_alone(directory: Path, dtype: str) -> N
         requests = play(crowded, trace)
         for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
             alone = arrival.request(number)
-            generate(real_engine(directory, dtype), alone)
-            for got, expected in zip(one.output().outputs, alone.output().outputs, strict=True):
-                if got.finish_reason == "abort":
-                    assert got.token_ids == expected.token_ids[: len(got.token_ids)]
-                    assert got.logprobs == (expected.logprobs and expected.logprobs[: len(got.token_ids)])
-                else:
-                    assert got == expected
+            run(real_engine(directory, dtype, kv_dtype), alone)
+            check_equal(one, alone, arrival.abort_after is not None)
 
     check()

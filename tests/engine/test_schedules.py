@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyengine.engine import scheduler
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
+from pyengine.engine.scoring import Scoring, Window
 
-from .helpers import engine, generate, params, request, tokens_of
+from .helpers import engine, generate, params, request, run, tokens_of
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,14 @@ class Arrival:
     stop_id: int
     step: int  # when it arrives
     abort_after: int | None  # steps after its arrival
+    priority: int = 0
+    score_from: int | None = None  # not to generate, but to score the prompt from this token on
 
-    def request(self, number: int) -> Generation:
+    def request(self, number: int) -> Generation | Scoring:
+        if self.score_from is not None and len(self.prompt) > 1:
+            ids = array("i", self.prompt)
+            windows = [(ids, min(self.score_from, len(ids) - 1)), (ids[len(ids) // 2 - 1 :], 1)]
+            return Scoring(str(number), number, windows, max(self.logprobs, 0), priority=self.priority)
         resolved = params(
             self.prompt,
             self.max_tokens,
@@ -34,7 +43,7 @@ class Arrival:
             logprobs=self.logprobs,
             stop_ids=frozenset((self.stop_id,)),
         )
-        return request(number, self.prompt, resolved)
+        return request(number, self.prompt, resolved, priority=self.priority)
 
 
 @st.composite
@@ -56,16 +65,18 @@ arrivals = st.lists(
         stop_id=st.integers(0, 49),
         step=st.integers(0, 20),
         abort_after=st.none() | st.integers(0, 30),
+        priority=st.sampled_from([0, 0, 0, 0, -1, 1, 1, 7]),
+        score_from=st.none() | st.none() | st.integers(1, 50),
     ),
     min_size=1,
     max_size=8,
 )
 
 
-def play(one: Engine, trace: list[Arrival]) -> list[Generation]:
+def play(one: Engine, trace: list[Arrival]) -> list[Generation | Scoring]:
     """Run a trace; the manager's books and the lists of the scheduler are checked after each step."""
     requests = [arrival.request(number) for number, arrival in enumerate(trace)]
-    manager, scheduler = one.core.manager, one.scheduler
+    manager, lists = one.core.manager, one.scheduler
     pending = sorted(range(len(trace)), key=lambda number: trace[number].step)
     step = 0
     while pending or one.requests:
@@ -77,17 +88,18 @@ def play(one: Engine, trace: list[Arrival]) -> list[Generation]:
         ran = one.step()
         assert ran <= one.max_num_batched_tokens
         manager.check_invariants()  # type: ignore[attr-defined]
-        held = {block for seq in scheduler.running for block in seq.blocks}
+        held = {block for seq in lists.running for block in seq.blocks}
         assert len(held) == manager.num_in_use  # type: ignore[attr-defined]
-        keys = [seq.key for seq in scheduler.running]
+        keys = [seq.key for seq in lists.running]
         assert keys == sorted(keys) and len(set(keys)) == len(keys)
-        slots = [seq.slot for seq in scheduler.running]
+        slots = [seq.slot for seq in lists.running]
         assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
-        assert not any(seq.blocks or seq.num_computed or seq.slot >= 0 for seq in scheduler.waiting)
+        assert not any(seq.blocks or seq.num_computed or seq.slot >= 0 for seq in lists.waiting)
         step += 1
         assert step < 5000, "the trace does not end"
-    assert not scheduler.running and not scheduler.waiting
+    assert not lists.running and not lists.waiting
     assert [request.error for request in requests] == [None] * len(requests)
+    assert one.counters.failed_steps == 0
     assert manager.num_in_use == 0  # type: ignore[attr-defined]
     return requests
 
@@ -99,23 +111,48 @@ def play(one: Engine, trace: list[Arrival]) -> list[Generation]:
     budget=st.sampled_from([1, 3, 7, 16, 33, 200]),
     max_num_seqs=st.integers(1, 8),
     prefix_caching=st.booleans(),
+    max_overtaking=st.sampled_from([1, 2, 16]),
 )
 def test_tokens_equal_those_alone(
-    trace: list[Arrival], num_blocks: int, budget: int, max_num_seqs: int, prefix_caching: bool
+    trace: list[Arrival],
+    num_blocks: int,
+    budget: int,
+    max_num_seqs: int,
+    prefix_caching: bool,
+    max_overtaking: int,
 ) -> None:
     crowded = engine(num_blocks, budget=budget, max_num_seqs=max_num_seqs, prefix_caching=prefix_caching)
-    requests = play(crowded, trace)
-    assert crowded.core.model.rows_sampled == sum(one.output().metrics.new_tokens for one in requests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "MAX_OVERTAKING", max_overtaking)
+        requests = play(crowded, trace)
+    new_tokens = [one.num_new_tokens for one in requests if isinstance(one, Generation)]
+    assert crowded.core.model.rows_sampled == crowded.counters.new_tokens == sum(new_tokens)
     for number, (arrival, one) in enumerate(zip(trace, requests, strict=True)):
-        assert one.finished
         alone = arrival.request(number)
-        generate(engine(64, budget=1000, max_num_seqs=8), alone)
-        for got, expected in zip(one.output().outputs, alone.output().outputs, strict=True):
-            if got.finish_reason == "abort":
-                assert arrival.abort_after is not None
-                assert got.token_ids == expected.token_ids[: len(got.token_ids)]
-            else:
-                assert got == expected
+        run(engine(64, budget=1000, max_num_seqs=8), alone)
+        check_equal(one, alone, arrival.abort_after is not None)
+
+
+def check_equal(got: Generation | Scoring, alone: Generation | Scoring, may_be_aborted: bool) -> None:
+    """To the bit; of an aborted request, what it has."""
+    assert got.finished
+    if isinstance(got, Scoring):
+        for window, expected_window in zip(got.sequences, alone.sequences, strict=True):
+            assert isinstance(expected_window, Window)
+            known = len(window.logprobs)
+            assert known == len(expected_window.logprobs) or may_be_aborted
+            assert window.logprobs == expected_window.logprobs[:known]
+            assert window.top_logprobs == expected_window.top_logprobs[:known]
+        return
+    assert isinstance(alone, Generation)
+    for sample, expected in zip(got.output().outputs, alone.output().outputs, strict=True):
+        if sample.finish_reason == "abort":
+            assert may_be_aborted
+            known = len(sample.token_ids)
+            assert sample.token_ids == expected.token_ids[:known]
+            assert sample.logprobs == (expected.logprobs and expected.logprobs[:known])
+        else:
+            assert sample == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -124,6 +161,28 @@ def test_a_cache_of_one_longest_request_is_enough(trace: list[Arrival]) -> None:
     longest = max(len(arrival.prompt) + arrival.max_tokens - 1 for arrival in trace)
     requests = play(engine((min(longest, 119) + 15) // 16, budget=32), trace)
     assert all(one.finished for one in requests)
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_a_tenth_of_the_cache(prefix_caching: bool) -> None:
+    """All finish, with the same tokens, and begin in the order in which they came."""
+    prompts = [[number % 7] * (5 + number % 30) for number in range(60)]
+
+    def requests() -> list[Generation]:
+        return [request(number, prompt, params(prompt, 60)) for number, prompt in enumerate(prompts)]
+
+    needed = sum((len(prompt) + 59 + 15) // 16 for prompt in prompts)
+    roomy = requests()
+    expected = generate(engine(needed, budget=200, max_num_seqs=60), *roomy)
+    assert sum(one.preemptions for one in roomy) == 0
+    crowded = requests()
+    one = engine(needed // 10, budget=200, max_num_seqs=60, prefix_caching=prefix_caching)
+    assert generate(one, *crowded) == expected
+    assert sum(one.preemptions for one in crowded) > 0
+    for moment in ("first_step", "first_token"):
+        moments = [getattr(one, moment) for one in crowded]
+        assert moments == sorted(moments)
+    assert one.core.manager.num_in_use == 0  # type: ignore[attr-defined]
 
 
 def test_preemption_happens_and_changes_nothing() -> None:
