@@ -89,7 +89,7 @@ class Call:
             return llm.choose(prompt, [[1], [2, 3], [4]], priority=self.priority)
         deltas = []
         for delta in llm.stream(prompt, self.params, priority=self.priority):
-            delta.output = None
+            delta.output, delta.request_id = None, ""
             deltas.append(delta)
             if len(deltas) == self.stop_after:
                 break
