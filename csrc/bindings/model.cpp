@@ -58,8 +58,9 @@ class PyModel {
       const BufferView& buffer = buffers_.back();
       // The buffer keeps the FileView that owns the guard.
       if (const FileGuard* file = FileGuard::find(buffer.data())) files_.insert(file);
-      tensors[name] = {buffer.data(), buffer.bytes(), dtype_from(std::get<1>(entry)),
-                       std::get<2>(entry)};
+      const std::string& type = std::get<1>(entry);
+      tensors[name] = {buffer.data(), buffer.bytes(),
+                       type == "uint8" ? DType::i8 : dtype_from(type), std::get<2>(entry)};
     }
     GPT2Config c = config_from(py::dict(config));
     DType d = dtype_from(dtype);

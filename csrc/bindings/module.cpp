@@ -186,6 +186,7 @@ PYBIND11_MODULE(_C, m) {
   bind_kv(m);
   bind_sampling(m);
   bind_model(m);
+  bind_quantize(m);
   py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");
   bind_ops(ops);
 }

@@ -324,7 +324,7 @@ static void multiply_panel(PanelTile t, int64_t rows, const float* next) {
 // ---- One item ---------------------------------------------------------------------------------
 
 template <class Layer>
-static int64_t scratch_floats(int64_t rows, int64_t cols) {
+static int64_t scratch_floats(int64_t, int64_t rows, int64_t cols) {
   const int64_t padded = (cols + kItemColumns - 1) / kItemColumns * kItemColumns;
   return padded * (rows + Layer::kBlockWords);
 }

@@ -24,8 +24,8 @@ struct DenseItems {
 DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, int64_t max_rows,
                      int threads);
 
-// The kernels for weights of that dtype; InternalError if there are none.
-const DenseKernels& dense_kernels(const Kernels& kernels, DType dtype);
+// The kernels for weights of that dtype and layout; InternalError if there are none.
+const DenseKernels& dense_kernels(const Kernels& kernels, const ops::Weight& w);
 
 // A job for x w + bias with x in the form that the kernels read; scratch comes from ctx.arena.
 DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops::Weight& w,

@@ -15,10 +15,33 @@ struct Choice {
 
 #if defined(__x86_64__)
 
-// AVX-512 BF16 is an independent feature: it replaces the bfloat16 dense kernels and nothing else.
-const Kernels& avx512_bf16_kernels() {
+// AVX-VNNI, AVX-512 VNNI and AVX-512 BF16 are features of their own: each replaces the dense
+// kernels of the types that it computes with.
+const Kernels& avx_vnni_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = avx2::kernels();
+    k.isa = "avx_vnni";
+    k.dense_int8 = avx_vnni::dense_int8();
+    k.dense_int4 = avx_vnni::dense_int4();
+    return k;
+  }();
+  return kernels;
+}
+
+const Kernels& avx512_vnni_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512::kernels();
+    k.isa = "avx512_vnni";
+    k.dense_int8 = avx512_vnni::dense_int8();
+    k.dense_int4 = avx512_vnni::dense_int4();
+    return k;
+  }();
+  return kernels;
+}
+
+const Kernels& avx512_bf16_kernels(bool vnni) {
+  static const Kernels kernels = [vnni] {
+    Kernels k = vnni ? avx512_vnni_kernels() : avx512::kernels();
     k.isa = "avx512_bf16";
     k.dense_bf16 = avx512_bf16::dense_bf16();
     return k;
@@ -28,7 +51,7 @@ const Kernels& avx512_bf16_kernels() {
 
 const Kernels& amx_kernels() {
   static const Kernels kernels = [] {
-    Kernels k = avx512::kernels();
+    Kernels k = avx512_vnni_kernels();
     k.isa = "amx";
     k.attention_bf16 = amx::attention_bf16();
     k.attention_i8 = amx::attention_i8();
@@ -44,14 +67,18 @@ std::vector<Choice> choices() {
               __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  bool avx_vnni = avx2 && __builtin_cpu_supports("avxvnni");
+  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   // Both give the same bits for normal numbers; which is faster depends on the processor.
   static const bool slow_bf16 = bf16 && !avx512_bf16::dot_is_faster_than_fma();
   return {{&baseline::kernels(), true},
           {&avx2::kernels(), avx2},
+          {&avx_vnni_kernels(), avx_vnni},
           {&avx512::kernels(), avx512},
-          {&avx512_bf16_kernels(), bf16, slow_bf16},
-          {&amx_kernels(), bf16 && amx_permitted()}};
+          {&avx512_vnni_kernels(), vnni},
+          {&avx512_bf16_kernels(vnni), bf16, slow_bf16},
+          {&amx_kernels(), bf16 && vnni && amx_permitted()}};
 }
 
 #else

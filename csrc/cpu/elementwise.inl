@@ -106,11 +106,4 @@ static int64_t select_at_least(const float* x, int64_t n, float threshold, int32
 
 }  // namespace
 
-const Kernels& kernels() {
-  static constexpr Kernels table = {PYENGINE_ISA_NAME, kDenseF32,    kDenseBf16,  kAttentionF32,
-                                    kAttentionBf16,    kAttentionI8, quantize_kv, layer_norm_row,
-                                    add_rows,          convert,      max_sum_exp, select_at_least};
-  return table;
-}
-
 }  // namespace pyengine::cpu::PYENGINE_ISA

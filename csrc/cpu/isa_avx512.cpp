@@ -4,14 +4,18 @@
 
 #include "cpu/isa_tables.h"
 #include "cpu/vec_avx512.h"
+#include "cpu/vec_int8.h"
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
 #include "cpu/dense.inl"
 #include "cpu/dense_f32.inl"
 #include "cpu/dense_bf16.inl"
+#include "cpu/dense_quant.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
 #include "cpu/quantize_kv.inl"
 #include "cpu/elementwise.inl"
+#include "cpu/quantize.inl"
+#include "cpu/table.inl"
 // clang-format on

@@ -13,9 +13,17 @@ const Kernels& kernels();
 namespace avx2 {
 const Kernels& kernels();
 }
+namespace avx_vnni {
+const DenseKernels& dense_int8();
+const DenseKernels& dense_int4();
+}  // namespace avx_vnni
 namespace avx512 {
 const Kernels& kernels();
 }
+namespace avx512_vnni {
+const DenseKernels& dense_int8();
+const DenseKernels& dense_int4();
+}  // namespace avx512_vnni
 namespace avx512_bf16 {
 const DenseKernels& dense_bf16();
 bool dot_is_faster_than_fma();  // measured, some microseconds

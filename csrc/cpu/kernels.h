@@ -36,6 +36,8 @@ struct DenseJob {
   const void* x = nullptr;  // (R, K) f32, or what DenseKernels::prepare made of bf16 rows
   int64_t x_stride = 0;     // 32-bit words from row to row of x
   const void* w = nullptr;
+  const float* w_scale = nullptr;  // i8 weights: ops::Weight
+  const uint8_t* w_group = nullptr;
   ops::WeightLayout layout = ops::WeightLayout::in_out;
   int64_t in_features = 0;      // K
   int64_t out_features = 0;     // N
@@ -56,8 +58,8 @@ struct DenseKernels {
   int64_t (*prepared_words)(int64_t in_features);
   // Rows of x (`in_features` elements each) to `prepared_words` words each.
   void (*prepare)(const void* x, int64_t rows, int64_t in_features, void* out);
-  // Scratch floats that `run` needs for an item of that many rows and columns.
-  int64_t (*scratch_floats)(int64_t rows, int64_t cols);
+  // Scratch floats that `run` needs for an item of that many rows and columns of K inputs.
+  int64_t (*scratch_floats)(int64_t in_features, int64_t rows, int64_t cols);
   // Rows [row0, row1), columns [col0, col1): at most kMaxItemColumns columns.
   void (*run)(const DenseJob& job, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
               float* scratch);
@@ -67,6 +69,19 @@ struct DenseKernels {
   void (*pack)(const DenseJob& job, int64_t word0, int64_t words, int64_t col0, int64_t cols,
                float* dst, int64_t tile_words);
   int64_t panel_columns;  // items start at multiples of this
+};
+
+// Tiles of columns of a matrix to integers; see ops::quantize.
+struct QuantizeJob {
+  const void* w = nullptr;
+  DType dtype = DType::f32;
+  bool is_in_out = true;
+  int64_t in_features = 0;   // K
+  int64_t out_features = 0;  // N
+  const float* factor = nullptr;
+  uint8_t* data = nullptr;
+  uint8_t* group = nullptr;
+  float* scale = nullptr;
 };
 
 struct AttentionJob {
@@ -108,6 +123,8 @@ struct Kernels {
   const char* isa = nullptr;
   DenseKernels dense_f32;
   DenseKernels dense_bf16;
+  DenseKernels dense_int8;  // i8 weights, packed
+  DenseKernels dense_int4;  // i8 weights, packed_nibbles
 
   AttentionKernels attention_f32, attention_bf16, attention_i8;  // by the cache's dtype
   // One token's keys and values, (C,) each, to slot `slot` of an i8 cache.
@@ -125,6 +142,12 @@ struct Kernels {
   void (*max_sum_exp)(const float* x, int64_t n, float* max, float* sum);
   // Indices i with x[i] >= threshold, rising; returns how many. `indices` holds n.
   int64_t (*select_at_least)(const float* x, int64_t n, float threshold, int32_t* indices);
+
+  // Tiles [tile0, tile0 + tiles); scratch holds tiles * 16 * (K padded) floats. False if a weight
+  // is not finite.
+  bool (*quantize)(const QuantizeJob& job, int64_t tile0, int64_t tiles, float* scratch);
+  // Root of the mean square of row `row` of n columns.
+  float (*row_rms)(const void* w, DType dtype, int64_t row, int64_t n);
 };
 
 }  // namespace pyengine::cpu

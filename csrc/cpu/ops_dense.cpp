@@ -25,7 +25,8 @@ void run_columns(ExecContext& ctx, const DenseJob& job, int64_t rows, const Dens
                  int64_t first_col, int64_t end_col) {
   const DenseItems items =
       cut_dense(kernels, rows, end_col - first_col, kMaxItemRows, ctx.pool.num_threads());
-  const int64_t size = round_up(kernels.scratch_floats(items.rows, items.cols), 16);
+  const int64_t size =
+      round_up(kernels.scratch_floats(job.in_features, items.rows, items.cols), 16);
   float* scratch = ctx.arena.take<float>(size * ctx.pool.num_threads());
   ctx.pool.parallel_for(items.count(), [&](int64_t i, int worker) {
     kernels.run(job, items.row0(i), items.row1(i), first_col + items.col0(i),
@@ -62,21 +63,33 @@ DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, in
   return items;
 }
 
-const DenseKernels& dense_kernels(const Kernels& kernels, DType dtype) {
-  if (dtype == DType::f32) return kernels.dense_f32;
-  if (dtype == DType::bf16) return kernels.dense_bf16;
-  throw InternalError(std::string("dense layers take float32 or bfloat16 weights, not ") +
-                      name_of(dtype));
+const DenseKernels& dense_kernels(const Kernels& kernels, const ops::Weight& w) {
+  switch (w.dtype) {
+    case DType::f32:
+      return kernels.dense_f32;
+    case DType::bf16:
+      return kernels.dense_bf16;
+    case DType::i8:
+      if (w.layout == ops::WeightLayout::packed) return kernels.dense_int8;
+      if (w.layout == ops::WeightLayout::packed_nibbles) return kernels.dense_int4;
+      throw InternalError("dense layers read int8 weights in the packed layouts only");
+    case DType::f16:
+      break;
+  }
+  throw InternalError(std::string("dense layers do not take weights of ") + name_of(w.dtype));
 }
 
 DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops::Weight& w,
                        const float* bias) {
-  const DenseKernels& kernels = dense_kernels(ctx.kernels, w.dtype);
-  const int64_t row_bytes = w.in_features * static_cast<int64_t>(size_of(w.dtype));
+  const DenseKernels& kernels = dense_kernels(ctx.kernels, w);
+  const DType act = w.dtype == DType::i8 ? DType::f32 : w.dtype;
+  const int64_t row_bytes = w.in_features * static_cast<int64_t>(size_of(act));
   DenseJob job;
   job.x = x;
   job.x_stride = row_bytes / 4;
   job.w = w.data;
+  job.w_scale = w.scale;
+  job.w_group = w.group;
   job.layout = w.layout;
   job.in_features = w.in_features;
   job.out_features = w.out_features;
@@ -100,7 +113,9 @@ DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops:
 namespace pyengine::ops {
 
 void pack(ExecContext& ctx, const Weight& w, DType dtype, void* out) {
-  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, dtype);
+  Weight target;
+  target.dtype = dtype;
+  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, target);
   const int64_t inputs = w.in_features, outputs = w.out_features;
   const int64_t words = packed_column_words(dtype, inputs);
   const int64_t inputs_per_word = dtype == DType::f32 ? 1 : 2;
@@ -154,7 +169,7 @@ void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, 
   job.store = out_dtype == DType::bf16 ? cpu::Store::bf16 : cpu::Store::f32;
   job.out = out;
   job.out_stride = w.out_features;
-  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype));
+  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w));
 }
 
 void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w,
@@ -165,7 +180,7 @@ void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const We
   job.store = cpu::Store::residual;
   job.out = residual;
   job.out_stride = w.out_features;
-  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype));
+  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w));
 }
 
 void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
@@ -182,7 +197,7 @@ void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
   }
   cpu::DenseJob job = cpu::prepare_dense(ctx, x, batch.num_tokens, w, bias);
   job.kv = cpu::kv_memory(cache);
-  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, w.dtype);
+  const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, w);
   const int64_t channels = w.out_features / 3;
   const int64_t first_col =
       q != nullptr ? 0 : channels / kernels.panel_columns * kernels.panel_columns;

@@ -16,7 +16,9 @@ std::string number(int64_t n) { return std::to_string(n); }
 
 Cost dense_cost(const ops::Weight& w, int64_t rows, size_t in_size, size_t out_size) {
   const int64_t k = w.in_features, n = w.out_features;
-  const auto weight_bytes = static_cast<int64_t>(k * n * size_of(w.dtype));
+  const auto weight_bytes = w.layout == ops::WeightLayout::packed_nibbles
+                                ? ops::nibble_bytes(k, n) + ops::group_bytes(k, n)
+                                : static_cast<int64_t>(k * n * size_of(w.dtype));
   return {weight_bytes + rows * static_cast<int64_t>(k * in_size + n * out_size), 2 * rows * k * n};
 }
 
@@ -138,7 +140,11 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   }
   const Cost attention = step.on() ? attention_cost(view, kv.layout(), act) : Cost{};
   step.enter(Part::embed, row_cost(tokens, channels, 2 * act, sizeof(float)));
-  ops::embed(ctx, view, wte_, wpe_, dtype_, channels, x);
+  if (wte_.dtype == DType::i8) {
+    ops::embed(ctx, view, wte_, static_cast<const float*>(wpe_), x);
+  } else {
+    ops::embed(ctx, view, wte_.data, wpe_, dtype_, channels, x);
+  }
   for (int32_t i = 0; i < config_.n_layer; ++i) {
     const Layer& layer = layers_[i];
     float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;

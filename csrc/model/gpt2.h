@@ -35,7 +35,7 @@ struct GPT2Config {
 struct TensorView {
   const void* data = nullptr;
   size_t bytes = 0;
-  DType dtype = DType::f32;
+  DType dtype = DType::f32;  // i8: the bytes of packed weights
   std::vector<int64_t> shape;
 };
 
@@ -51,8 +51,9 @@ class GPT2 {
  public:
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
   // ignored. Matrices whose dtype is `dtype` (f32 or bf16) are read in place and must outlive the
-  // model; others, and every vector, are converted into memory of its own. Throws ConfigError,
-  // CheckpointError.
+  // model; others, and every vector, are converted into memory of its own. A matrix "x.weight" is
+  // quantised if there is an "x.scale": packed bytes, or nibbles with an "x.group" (ops/types.h);
+  // `dtype` must then be f32. Throws ConfigError, CheckpointError.
   GPT2(ExecContext& ctx, const GPT2Config& config, const std::map<std::string, TensorView>& tensors,
        DType dtype);
 
@@ -112,7 +113,7 @@ class GPT2 {
 
   GPT2Config config_;
   DType dtype_;
-  const void* wte_ = nullptr;
+  ops::Weight wte_;
   const void* wpe_ = nullptr;
   std::vector<Layer> layers_;
   Norm ln_f_;

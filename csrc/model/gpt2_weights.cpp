@@ -56,17 +56,29 @@ class GPT2::Loader {
 
   // A matrix in the model's dtype: where it lies, if it can be read there.
   const void* matrix(const std::string& name, int64_t rows, int64_t cols) {
-    return as(dtype_, find(name, {rows, cols}), rows * cols);
+    return as(dtype_, find_floats(name, {rows, cols}), rows * cols);
   }
 
   // A vector; always float32.
   const float* vector(const std::string& name, int64_t n) {
-    return static_cast<const float*>(as(DType::f32, find(name, {n}), n));
+    return static_cast<const float*>(as(DType::f32, find_floats(name, {n}), n));
+  }
+
+  // (in, out) weights, or (out, in) ones, or what quantising made of either.
+  ops::Weight weight(const std::string& name, ops::WeightLayout layout, int64_t in, int64_t out) {
+    if (has(name + ".scale")) return quantized(name, in, out);
+    const bool in_out = layout == ops::WeightLayout::in_out;
+    ops::Weight w;
+    w.data = matrix(name + ".weight", in_out ? in : out, in_out ? out : in);
+    w.dtype = dtype_;
+    w.layout = layout;
+    w.in_features = in;
+    w.out_features = out;
+    return w;
   }
 
   Dense conv1d(const std::string& name, int64_t in, int64_t out) {
-    return {{matrix(name + ".weight", in, out), dtype_, ops::WeightLayout::in_out, in, out},
-            vector(name + ".bias", out)};
+    return {weight(name, ops::WeightLayout::in_out, in, out), vector(name + ".bias", out)};
   }
 
   Norm norm(const std::string& name, int64_t n) {
@@ -74,6 +86,38 @@ class GPT2::Loader {
   }
 
  private:
+  ops::Weight quantized(const std::string& name, int64_t in, int64_t out) {
+    if (dtype_ != DType::f32) {
+      throw ConfigError(std::string("dtype is ") + name_of(dtype_) +
+                        ", but quantised weights are computed with in float32");
+    }
+    const int64_t tiles = ops::padded_to(out, ops::kTileColumns) / ops::kTileColumns;
+    const int64_t inputs = ops::padded_to(in, ops::kQuantPad);
+    const bool nibbles = has(name + ".group");
+    ops::Weight w;
+    w.dtype = DType::i8;
+    w.layout = nibbles ? ops::WeightLayout::packed_nibbles : ops::WeightLayout::packed;
+    w.in_features = in;
+    w.out_features = out;
+    w.data = bytes(name + ".weight", {tiles, inputs / (nibbles ? 8 : 4), ops::kTileColumns, 4});
+    w.scale = vector(name + ".scale", out);
+    if (nibbles) {
+      w.group = static_cast<const uint8_t*>(
+          bytes(name + ".group", {tiles, inputs / ops::kNibbleGroup, ops::kTileColumns}));
+    }
+    return w;
+  }
+
+  const void* bytes(const std::string& name, const Shape& shape) {
+    const TensorView& tensor = find(name, shape);
+    if (tensor.dtype != DType::i8) {
+      throw CheckpointError("tensor '" + name + "' is of " + name_of(tensor.dtype) +
+                            ", but quantised weights are bytes");
+    }
+    map_pages(tensor.data, tensor.bytes);
+    return tensor.data;
+  }
+
   const TensorView& find(const std::string& name, const Shape& shape) const {
     auto entry = tensors_.find(name);
     if (entry == tensors_.end()) {
@@ -90,6 +134,14 @@ class GPT2::Loader {
       throw CheckpointError("tensor '" + name + "' holds " + std::to_string(tensor.bytes) +
                             " bytes, but " + text(shape) + " of " + name_of(tensor.dtype) +
                             " takes " + std::to_string(expected));
+    }
+    return tensor;
+  }
+
+  const TensorView& find_floats(const std::string& name, const Shape& shape) const {
+    const TensorView& tensor = find(name, shape);
+    if (tensor.dtype == DType::i8) {
+      throw CheckpointError("tensor '" + name + "' holds bytes where numbers are expected");
     }
     return tensor;
   }
@@ -131,7 +183,7 @@ GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
   const int64_t channels = config.n_embd;
   const int64_t inner = config.n_inner;
   Loader load(ctx, tensors, dtype, owned_);
-  wte_ = load.matrix("wte.weight", config.vocab_size, channels);
+  wte_ = load.weight("wte", ops::WeightLayout::out_in, channels, config.vocab_size);
   wpe_ = load.matrix("wpe.weight", config.n_positions, channels);
   layers_.reserve(config.n_layer);
   for (int32_t i = 0; i < config.n_layer; ++i) {
@@ -146,9 +198,9 @@ GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
     layers_.push_back(layer);
   }
   ln_f_ = load.norm("ln_f", channels);
-  const char* untied = "lm_head.weight";
-  head_ = {load.has(untied) ? load.matrix(untied, config.vocab_size, channels) : wte_, dtype,
-           ops::WeightLayout::out_in, channels, config.vocab_size};
+  head_ = load.has("lm_head.weight")
+              ? load.weight("lm_head", ops::WeightLayout::out_in, channels, config.vocab_size)
+              : wte_;
 }
 
 }  // namespace pyengine

@@ -3,8 +3,8 @@
 // Letters: T tokens of the step, B sequences, C channels (n_embd), H heads, D head_dim (C / H),
 // K and N input and output features of a dense layer, V vocabulary, R selected rows.
 // Tensors are contiguous, last index fastest. `act` is the activation dtype that dense layers read:
-// f32 for f32 weights, bf16 for bf16 weights. The residual stream, q, scores and logits are f32;
-// gains and biases are f32 whatever the weights are.
+// f32 for f32 and i8 weights, bf16 for bf16 weights. The residual stream, q, scores and logits are
+// f32; gains and biases are f32 whatever the weights are.
 //
 // The contract of batch invariance: an output row depends on its input row (and its own keys and
 // values) alone, bit for bit, at any T, any split of work and any thread count.
@@ -12,6 +12,10 @@
 //                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
 //                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
 //                  back ends without FMA round the product first; a short last block ends early)
+//   i8 weights     y[n] = scale[n] (s_0 i_0 + s_1 i_1 + ...) + bias[n], one chain of fma from zero:
+//   s_g
+//                  is the scale of 256 k's of the row, rounded to 8 bits, i_g their exact integer
+//                  sum
 //   attention      segments of 256 keys aligned to absolute position 0, each with a softmax of its
 //                  own (its maximum, its chain over values from zero), merged in order
 #pragma once
@@ -27,10 +31,12 @@ namespace pyengine::ops {
 
 struct Weight {
   const void* data = nullptr;
-  DType dtype = DType::f32;  // f32 or bf16
+  DType dtype = DType::f32;  // f32, bf16 or i8; i8 is packed or packed_nibbles
   WeightLayout layout = WeightLayout::in_out;
-  int64_t in_features = 0;   // K
-  int64_t out_features = 0;  // N
+  int64_t in_features = 0;         // K
+  int64_t out_features = 0;        // N
+  const float* scale = nullptr;    // (N,) of i8: a weight is its integer times its column's scale
+  const uint8_t* group = nullptr;  // of packed_nibbles
 };
 
 // One step's tokens: sequence b owns tokens [query_start[b], query_start[b + 1]), which are the
@@ -51,6 +57,11 @@ struct RaggedBatch {
 void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, const void* wpe,
            DType table_dtype, int64_t channels, float* x);
 
+// The same with a quantised table: x[t] = scale[id] integers[id] + wpe[positions[t]], rounded twice
+//   wte: i8, N = V columns of K = C; wpe (n_positions, C) f32
+void embed(ExecContext& ctx, const RaggedBatch& batch, const Weight& wte, const float* wpe,
+           float* x);
+
 // out[r] = (x[row] - mean) / sqrt(var + eps) * gain + bias, row = rows ? rows[r] : r
 //   x (*, C) f32; gain, bias (C,); out (R, C) of out_dtype
 void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t num_rows,
@@ -60,6 +71,22 @@ void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t n
 // The weights w (in_out or out_in, any dtype) in the packed layout and in `dtype`, f32 or bf16.
 //   out packed_words(dtype, K, N) 32-bit words
 void pack(ExecContext& ctx, const Weight& w, DType dtype, void* out);
+
+// What quantize makes of a matrix.
+struct Quantized {
+  uint8_t* data = nullptr;   // int8_bytes(K, N), or nibble_bytes(K, N)
+  uint8_t* group = nullptr;  // null for 8 bits: group_bytes(K, N)
+  float* scale = nullptr;    // (N,)
+};
+
+// 8- or 4-bit integers for w (in_out or out_in, any float dtype) whose row k is first multiplied by
+// factor[k], unless factor is null. The same bits on every instruction set. False, and nothing
+// useful in `out`, if w holds NaN or infinity.
+bool quantize(ExecContext& ctx, const Weight& w, const float* factor, const Quantized& out);
+
+// rms[k] = sqrt(mean of w[k][n]^2 over n) of in_out weights, any float dtype. The same bits on
+// every instruction set.
+void row_rms(ExecContext& ctx, const Weight& w, float* rms);
 
 // out = activation(x w + bias)
 //   x (R, K) act; bias (N,) or null; out (R, N) of out_dtype

@@ -27,10 +27,32 @@ enum class WeightLayout : uint8_t {
   // every instruction set.
   //   f32   [N / 16][K][16]        one k per word
   //   bf16  [N / 16][K / 2][16][2]  k, k + 1: 16 lines are an AMX tile of 32 k's
+  //   i8    [N / 16][K / 4][16][4]  k to k + 3 as unsigned bytes, 128 + weight; K padded to whole
+  //         kQuantPads: 16 lines are an AMX tile of 64 k's
   packed,
+  // The same for i8 weights that are m (nibble - z) with m and z of their group, kNibbleGroup k's
+  // of a column:
+  //   nibbles  [N / 16][K / 8][16][4]  low nibbles k to k + 3, high nibbles k + 4 to k + 7
+  //   groups   [N / 16][K / 32][16]    m + 16 z
+  packed_nibbles,
 };
 
 constexpr int64_t kTileColumns = 16;  // of WeightLayout::packed
+constexpr int64_t kQuantPad = 64;     // k's that i8 weights are padded to
+constexpr int64_t kNibbleGroup = 32;  // k's that share a multiplier and a zero point
+constexpr int64_t kInputGroup = 256;  // k's of a quantised input row that share a scale
+
+// Bytes of i8 weights, of weights in nibbles, and of their groups.
+constexpr int64_t padded_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t int8_bytes(int64_t in_features, int64_t out_features) {
+  return padded_to(in_features, kQuantPad) * padded_to(out_features, kTileColumns);
+}
+constexpr int64_t nibble_bytes(int64_t in_features, int64_t out_features) {
+  return int8_bytes(in_features, out_features) / 2;
+}
+constexpr int64_t group_bytes(int64_t in_features, int64_t out_features) {
+  return int8_bytes(in_features, out_features) / kNibbleGroup;
+}
 
 // 32-bit words of one column of packed weights, and of the whole matrix.
 constexpr int64_t packed_column_words(DType dtype, int64_t in_features) {

@@ -1,0 +1,203 @@
+// The integer words of quantised dense layers, beside the vector vocabulary (vec_*.h).
+//
+// clang-format off
+//   load_words        kLanes 32-bit words, any alignment
+//   to_float          32-bit integers to floats
+//   store_low_bytes   the low byte of each lane
+//   sum_of            over lanes, wrapping
+//   Inputs, Bytes     four signed inputs for every lane, and four unsigned weights in each lane, in the
+//                     form that `dot` wants them
+//   dot(acc, w, x)    acc + w[0] x[0] + … + w[3] x[3] in each lane, exact on every instruction set:
+//                     vpdpbusd where there is one, else 16-bit products of the even and odd bytes
+//                     (vpmaddubsw would saturate)
+//   Group             the (multiplier, zero point) of a group of int4 weights, for each lane
+//   unpack            8 nibbles of each lane -> two words of 4 unsigned bytes, 128 + m (nibble - z)
+// clang-format on
+#pragma once
+
+#include <cstdint>
+
+namespace pyengine::cpu::PYENGINE_ISA {
+namespace {
+
+#if defined(__AVX512BW__)
+
+PYENGINE_INLINE Vi load_words(const void* p) { return _mm512_loadu_si512(p); }
+PYENGINE_INLINE void store_words(void* p, Vi a) { _mm512_storeu_si512(p, a); }
+PYENGINE_INLINE Vf to_float(Vi a) { return _mm512_cvtepi32_ps(a); }
+PYENGINE_INLINE void store_low_bytes(void* p, Vi a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+}
+PYENGINE_INLINE Vi widen_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+PYENGINE_INLINE int32_t sum_of(Vi a) { return _mm512_reduce_add_epi32(a); }
+PYENGINE_INLINE Vi bit_and(Vi a, Vi b) { return _mm512_and_si512(a, b); }
+template <int kBits>
+PYENGINE_INLINE Vi shift_right(Vi a) {
+  return _mm512_srli_epi32(a, kBits);
+}
+PYENGINE_INLINE Vi even_signed(Vi a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+PYENGINE_INLINE Vi odd_signed(Vi a) { return _mm512_srai_epi16(a, 8); }
+PYENGINE_INLINE Vi odd_unsigned(Vi a) { return _mm512_srli_epi16(a, 8); }
+PYENGINE_INLINE Vi multiply_halves(Vi a, Vi b) { return _mm512_mullo_epi16(a, b); }
+PYENGINE_INLINE Vi add_bytes(Vi a, Vi b) { return _mm512_add_epi8(a, b); }
+PYENGINE_INLINE Vi sub_words(Vi a, Vi b) { return _mm512_sub_epi32(a, b); }
+PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) { return _mm512_madd_epi16(a, b); }
+
+#elif defined(__AVX2__)
+
+PYENGINE_INLINE Vi load_words(const void* p) {
+  return _mm256_loadu_si256(static_cast<const Vi*>(p));
+}
+PYENGINE_INLINE void store_words(void* p, Vi a) { _mm256_storeu_si256(static_cast<Vi*>(p), a); }
+PYENGINE_INLINE Vf to_float(Vi a) { return _mm256_cvtepi32_ps(a); }
+PYENGINE_INLINE void store_low_bytes(void* p, Vi a) {
+  const Vi bytes = _mm256_shuffle_epi8(
+      a, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12,
+                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
+  const __m128i both =
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storel_epi64(static_cast<__m128i*>(p), both);
+}
+PYENGINE_INLINE Vi widen_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+PYENGINE_INLINE int32_t sum_of(Vi a) {
+  __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+PYENGINE_INLINE Vi bit_and(Vi a, Vi b) { return _mm256_and_si256(a, b); }
+template <int kBits>
+PYENGINE_INLINE Vi shift_right(Vi a) {
+  return _mm256_srli_epi32(a, kBits);
+}
+PYENGINE_INLINE Vi even_signed(Vi a) { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+PYENGINE_INLINE Vi odd_signed(Vi a) { return _mm256_srai_epi16(a, 8); }
+PYENGINE_INLINE Vi odd_unsigned(Vi a) { return _mm256_srli_epi16(a, 8); }
+PYENGINE_INLINE Vi multiply_halves(Vi a, Vi b) { return _mm256_mullo_epi16(a, b); }
+PYENGINE_INLINE Vi add_bytes(Vi a, Vi b) { return _mm256_add_epi8(a, b); }
+PYENGINE_INLINE Vi sub_words(Vi a, Vi b) { return _mm256_sub_epi32(a, b); }
+PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) { return _mm256_madd_epi16(a, b); }
+
+#else
+
+using Shorts = int16_t __attribute__((vector_size(16)));
+using UnsignedShorts = uint16_t __attribute__((vector_size(16)));
+using UnsignedBytes = uint8_t __attribute__((vector_size(16)));
+
+PYENGINE_INLINE Vi load_words(const void* p) {
+  Vi a;
+  __builtin_memcpy(&a, p, sizeof a);
+  return a;
+}
+PYENGINE_INLINE void store_words(void* p, Vi a) { __builtin_memcpy(p, &a, sizeof a); }
+PYENGINE_INLINE Vf to_float(Vi a) { return __builtin_convertvector(a, Vf); }
+PYENGINE_INLINE void store_low_bytes(void* p, Vi a) {
+  for (int i = 0; i < kLanes; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(a[i]);
+}
+PYENGINE_INLINE Vi widen_bytes(const uint8_t* p) { return Vi{p[0], p[1], p[2], p[3]}; }
+PYENGINE_INLINE int32_t sum_of(Vi a) {
+  const Vu u = reinterpret_cast<Vu>(a);
+  return static_cast<int32_t>(u[0] + u[1] + u[2] + u[3]);
+}
+PYENGINE_INLINE Vi bit_and(Vi a, Vi b) { return a & b; }
+template <int kBits>
+PYENGINE_INLINE Vi shift_right(Vi a) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) >> kBits);
+}
+PYENGINE_INLINE Vi even_signed(Vi a) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(a) << 8) >>
+                              8);
+}
+PYENGINE_INLINE Vi odd_signed(Vi a) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Shorts>(a) >> 8);
+}
+PYENGINE_INLINE Vi odd_unsigned(Vi a) {
+  return reinterpret_cast<Vi>(reinterpret_cast<UnsignedShorts>(a) >> 8);
+}
+PYENGINE_INLINE Vi multiply_halves(Vi a, Vi b) {
+  return reinterpret_cast<Vi>(reinterpret_cast<UnsignedShorts>(a) *
+                              reinterpret_cast<UnsignedShorts>(b));
+}
+PYENGINE_INLINE Vi add_bytes(Vi a, Vi b) {
+  return reinterpret_cast<Vi>(reinterpret_cast<UnsignedBytes>(a) +
+                              reinterpret_cast<UnsignedBytes>(b));
+}
+PYENGINE_INLINE Vi sub_words(Vi a, Vi b) {
+  return reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) - reinterpret_cast<Vu>(b));
+}
+// Neighbouring 16-bit products, added; the low and high halves of each word.
+PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) {
+#if defined(__SSE2__)
+  using Eight = short __attribute__((vector_size(16)));
+  return reinterpret_cast<Vi>(
+      __builtin_ia32_pmaddwd128(reinterpret_cast<Eight>(a), reinterpret_cast<Eight>(b)));
+#else
+  const Vi low = (reinterpret_cast<Vi>(reinterpret_cast<Vu>(a) << 16) >> 16) *
+                 (reinterpret_cast<Vi>(reinterpret_cast<Vu>(b) << 16) >> 16);
+  return low + (a >> 16) * (b >> 16);
+#endif
+}
+
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+
+using Inputs = Vi;
+using Bytes = Vi;
+PYENGINE_INLINE Inputs inputs(int32_t word) { return set1(word); }
+PYENGINE_INLINE Bytes bytes(Vi words) { return words; }
+PYENGINE_INLINE Vi dot(Vi acc, Bytes w, Inputs x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_dpbusd_epi32(acc, w, x);
+#else
+  return _mm256_dpbusd_avx_epi32(acc, w, x);
+#endif
+}
+
+#else
+
+struct Inputs {
+  Vi even, odd;
+};
+struct Bytes {
+  Vi even, odd;
+};
+PYENGINE_INLINE Inputs inputs(int32_t word) {
+  const Vi x = set1(word);
+  return {even_signed(x), odd_signed(x)};
+}
+PYENGINE_INLINE Bytes bytes(Vi words) {
+  return {bit_and(words, set1(0x00ff00ff)), odd_unsigned(words)};
+}
+PYENGINE_INLINE Vi dot(Vi acc, Bytes w, Inputs x) {
+  return add(acc, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+}
+
+#endif
+
+struct Group {
+  Vi multiplier;  // m in both halves of each word
+  Vi offset;      // 128 - m z in all four bytes, modulo 256
+};
+
+// p: a byte m + 16 z for each of kLanes columns.
+PYENGINE_INLINE Group load_group(const uint8_t* p) {
+  const Vi both = widen_bytes(p), m = bit_and(both, set1(15));
+  const Vi offset =
+      bit_and(sub_words(set1(128), multiply_halves(m, shift_right<4>(both))), set1(255));
+  const Vi twice = add(offset, shift_left<8>(offset));
+  return {add(m, shift_left<16>(m)), add(twice, shift_left<16>(twice))};
+}
+
+// Nibble times m is below 256, so one 16-bit product serves two bytes.
+PYENGINE_INLINE void unpack(Vi nibbles, const Group& g, Vi& low, Vi& high) {
+  const Vi mask = set1(0x0f0f0f0f);
+  low = add_bytes(multiply_halves(bit_and(nibbles, mask), g.multiplier), g.offset);
+  high = add_bytes(multiply_halves(bit_and(shift_right<4>(nibbles), mask), g.multiplier), g.offset);
+}
+
+}  // namespace
+}  // namespace pyengine::cpu::PYENGINE_ISA
