@@ -41,8 +41,10 @@ class LLM:
     device: "cpu".
     dtype: what to compute in; "auto" is bfloat16 for bfloat16 files, otherwise float32 (float16 files
         included: a CPU has no float16 arithmetic worth using, so "float16" is refused).
-    quantization: None.
-    kv_cache_dtype: how keys and values are kept: "auto" (as ``dtype``), "float32", "bfloat16", or "int8"
+    quantization: "int8" or "int4": quantise the weights while loading, or None: as the checkpoint stores them
+        (``pyengine-cli quantize`` writes quantised checkpoints). What is not an integer product is float32.
+    kv_cache_dtype: how keys and values are kept: "auto" (as ``dtype``; bfloat16 with quantised weights),
+        "float32", "bfloat16", or "int8"
         with a float32 scale per token and head, about a quarter of float32's memory.
     num_threads: worker threads [the processors this process may use].
     max_model_len: tokens of a sequence at most, prompt and new ones together [``n_positions``].
@@ -100,6 +102,7 @@ class LLM:
         self.path = loaded.checkpoint.path
         self.config = loaded.checkpoint.config
         self.dtype = loaded.dtype
+        self.quantization = loaded.quantization
         self.kv_cache_dtype = loaded.kv_cache_dtype
         self.num_threads = loaded.num_threads
         self.max_model_len = loaded.engine.max_model_len
@@ -114,7 +117,8 @@ class LLM:
     def __repr__(self) -> str:
         state = ", closed" if self._thread.is_over else ""
         return (
-            f"LLM({str(self.path)!r}, dtype={self.dtype!r}, kv_cache_dtype={self.kv_cache_dtype!r}, "
+            f"LLM({str(self.path)!r}, dtype={self.dtype!r}, "
+            f"quantization={self.quantization!r}, kv_cache_dtype={self.kv_cache_dtype!r}, "
             f"num_threads={self.num_threads}, max_model_len={self.max_model_len}, "
             f"num_kv_blocks={self.num_kv_blocks}{state})"
         )

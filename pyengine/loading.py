@@ -12,6 +12,7 @@ from pyengine.engine.engine import Core, Engine
 from pyengine.engine.memory import kv_blocks
 from pyengine.errors import ConfigError
 from pyengine.model.checkpoint import Checkpoint, load_checkpoint
+from pyengine.model.quantization import check_method
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Loaded:
     engine: Engine
     defaults: GenerationDefaults
     dtype: str
+    quantization: str | None
     kv_cache_dtype: str
     num_threads: int
 
@@ -66,10 +68,11 @@ def load(
     if max_model_len is None:
         max_model_len = config.n_positions
     check_count("max_model_len", max_model_len, config.n_positions)
+    quantization = _check_quantization(checkpoint, dtype, quantization)
     if dtype == "auto":
-        dtype = checkpoint.auto_dtype
+        dtype = "float32" if quantization else checkpoint.auto_dtype
     if kv_cache_dtype == "auto":
-        kv_cache_dtype = dtype
+        kv_cache_dtype = "bfloat16" if quantization else dtype
     shape = (config.n_layer, config.n_head, config.head_dim)
     num_blocks = kv_blocks(
         _C.KVCache.bytes_per_block(*shape, kv_cache_dtype),
@@ -78,8 +81,15 @@ def load(
         kv_cache_memory=kv_cache_memory,
     )
     context = _C.ExecContext(num_threads or 0)
+    if quantization != checkpoint.quantization:
+        from pyengine.model.quantize import quantize_weights
+
+        assert quantization is not None  # _check_quantization
+        weights = quantize_weights(context, checkpoint, quantization)
+    else:
+        weights = checkpoint.weights()
     core = Core(
-        model=_C.Model(context, config.kernel_config(), checkpoint.weights(), dtype),
+        model=_C.Model(context, config.kernel_config(), weights, dtype),
         kv=_C.KVCache(*shape, num_blocks, kv_cache_dtype),
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, enable_prefix_caching),
@@ -91,7 +101,25 @@ def load(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    return Loaded(checkpoint, codec, engine, defaults, dtype, kv_cache_dtype, context.num_threads)
+    return Loaded(
+        checkpoint, codec, engine, defaults, dtype, quantization, kv_cache_dtype, context.num_threads
+    )
+
+
+def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | None) -> str | None:
+    """How the weights are quantised in memory: as stored, or as asked for."""
+    stored = checkpoint.quantization
+    if quantization is not None and stored is not None and stored != quantization:
+        raise ConfigError(
+            f"quantization={quantization!r}: {checkpoint.path} holds {stored} weights; quantise the checkpoint "
+            "that it was made from"
+        )
+    method = quantization or stored
+    if method is not None and dtype == "bfloat16":
+        raise ConfigError(
+            f'dtype="bfloat16": {method} weights are computed with in float32; leave the dtype at "auto"'
+        )
+    return method
 
 
 def check_count(field: str, value: object, high: int, *, low: int = 1) -> None:
@@ -112,9 +140,7 @@ def _check_back_end(device: str, dtype: str, quantization: str | None, kv_cache_
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f'dtype={dtype!r}: must be "auto", "float32" or "bfloat16"')
     if quantization is not None:
-        raise ConfigError(
-            f"quantization={quantization!r}: this build of pyengine does not quantise; use None"
-        )
+        check_method(quantization)
     if kv_cache_dtype not in ("auto", "float32", "bfloat16", "int8"):
         raise ConfigError(
             f'kv_cache_dtype={kv_cache_dtype!r}: must be "auto", "float32", "bfloat16" or "int8"'

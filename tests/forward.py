@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,14 @@ import numpy.typing as npt
 from pyengine import _C
 from pyengine.model.checkpoint import load_checkpoint
 from pyengine.model.config import GPT2Config
+from pyengine.model.quantization import METHODS
+from pyengine.model.quantize import quantize_weights
 
 Step = Sequence[tuple[int, int]]  # (sequence, new tokens of it), in the order of the batch
 
 
 class Runner:
-    """A model on its own threads, and forward passes over lists of sequences."""
+    """A model on its own threads, and forward passes over lists of sequences. dtype: also "int8" and "int4"."""
 
     def __init__(
         self,
@@ -30,9 +33,12 @@ class Runner:
     ) -> None:
         checkpoint = load_checkpoint(directory)
         self.config: GPT2Config = checkpoint.config
-        self.kv_dtype = kv_dtype or dtype
+        self.kv_dtype = kv_dtype or ("float32" if dtype in METHODS else dtype)
         self.context = _C.ExecContext(threads, isa)
-        self.model = _C.Model(self.context, self.config.kernel_config(), checkpoint.weights(), dtype)
+        weights: Mapping[str, tuple[Any, str, tuple[int, ...]]] = checkpoint.weights()
+        if dtype in METHODS:
+            weights, dtype = quantize_weights(self.context, checkpoint, dtype), "float32"
+        self.model = _C.Model(self.context, self.config.kernel_config(), weights, dtype)
 
     def kv_cache(self, num_blocks: int) -> _C.KVCache:
         config = self.config

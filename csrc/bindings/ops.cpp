@@ -179,6 +179,35 @@ py::array linear(PyExecContext& ctx, const py::array& x, const py::object& w,
   return out;
 }
 
+// x (R, K) f32 times a matrix as quantize returns it.
+py::array quantized_linear(PyExecContext& ctx, const FloatArray& x, const py::array& weight,
+                           const FloatArray& scale, const std::optional<py::array>& group,
+                           const OptionalFloats& bias, const std::string& activation) {
+  require(x.ndim() == 2 && x.shape(1) >= 1, "x must have 2 axes");
+  const int64_t k = x.shape(1), n = scale.size();
+  ops::Weight w;
+  w.data = weight.data();
+  w.dtype = DType::i8;
+  w.layout = group ? ops::WeightLayout::packed_nibbles : ops::WeightLayout::packed;
+  w.in_features = k;
+  w.out_features = n;
+  w.scale = scale.data();
+  require(n >= 1 && weight.nbytes() == (group ? ops::nibble_bytes(k, n) : ops::int8_bytes(k, n)),
+          "weight must have the bytes of K inputs and of N scales");
+  if (group) {
+    require(group->nbytes() == ops::group_bytes(k, n), "group must fit weight");
+    w.group = static_cast<const uint8_t*>(group->data());
+  }
+  const float* b = bias_from(bias, n);
+  const ops::Activation act = activation_from(activation);
+  py::array out = empty({x.shape(0), n}, DType::f32);
+  void* data = out.mutable_data();
+  compute(ctx, [&](ExecContext& c) {
+    ops::linear(c, x.data(), x.shape(0), w, b, act, data, DType::f32);
+  });
+  return out;
+}
+
 py::array linear_residual(PyExecContext& ctx, const py::array& x, const py::object& w,
                           const OptionalFloats& bias, const FloatArray& residual,
                           const std::string& layout) {
@@ -347,6 +376,8 @@ void bind_ops(py::module_& m) {
   m.def("pack", &pack, arg("ctx"), arg("w"), arg("layout") = "in_out", arg("dtype") = py::none());
   m.def("linear", &linear, arg("ctx"), arg("x"), arg("w"), arg("bias") = py::none(),
         arg("activation") = "none", arg("layout") = "in_out", arg("out_dtype") = "float32");
+  m.def("quantized_linear", &quantized_linear, arg("ctx"), arg("x"), arg("weight"), arg("scale"),
+        arg("group") = py::none(), arg("bias") = py::none(), arg("activation") = "none");
   m.def("linear_residual", &linear_residual, arg("ctx"), arg("x"), arg("w"), arg("bias"),
         arg("residual"), arg("layout") = "in_out");
   m.def("qkv", &qkv, arg("ctx"), arg("x"), arg("w"), arg("bias"), arg("batch"), arg("kv"),

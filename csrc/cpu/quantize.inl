@@ -87,28 +87,28 @@ static bool quantize_int8(const float* strip, int64_t padded, uint8_t* out, floa
   return true;
 }
 
-// What a group of kNibbleGroup weights w becomes: m (q - z) units, 0 <= q <= 15.
+// What a group of kNibbleGroup weights, in units of their column, becomes: m (q - z), 0 <= q <= 15.
 struct GroupFit {
   Vf multiplier, zero_point, error;
 };
 
 // The squared error of m and z; the q's too, unless `nibbles` is null.
-PYENGINE_INLINE Vf group_error(const float* strip, Vf unit, Vf m, Vf z, float* nibbles) {
-  const Vf step = mul(m, unit), inverse = inverse_or_zero(step);
+PYENGINE_INLINE Vf group_error(const float* strip, Vf m, Vf z, float* nibbles) {
+  const Vf inverse = div(set1(1.0f), m);
   const Vf least = sub(zero(), z), most = sub(set1(15.0f), z);
   Vf error = zero();
   for (int k = 0; k < kNibbleGroup; ++k) {
     const Vf w = load(strip + k * 16);
     const Vf q = max(least, min(most, round_to_integer(mul(w, inverse))));
     if (nibbles != nullptr) store(nibbles + k * kLanes, add(q, z));
-    const Vf d = sub(w, mul(q, step));
+    const Vf d = sub(w, mul(q, m));
     error = add(error, mul(d, d));
   }
   return error;
 }
 
 // The best of three zero points and four multipliers, the largest of which clips nothing.
-static GroupFit fit_group(const float* strip, Vf unit) {
+static GroupFit fit_group(const float* strip) {
   Vf low = zero(), high = zero();
   for (int k = 0; k < kNibbleGroup; ++k) {
     const Vf w = load(strip + k * 16);
@@ -117,20 +117,20 @@ static GroupFit fit_group(const float* strip, Vf unit) {
   }
   const Vf below = sub(zero(), low);
   const Vf share = mul(below, inverse_or_zero(add(below, high)));
-  const Vf middle = round_to_integer(mul(share, set1(15.0f)));
-  const Vf units = inverse_or_zero(unit);
+  const Vf nearest = round_to_integer(mul(share, set1(15.0f)));
+  const Vf middle = max(set1(5.0f), min(set1(10.0f), nearest));  // 4 and 11 are tried, too
   GroupFit best = {set1(1.0f), set1(8.0f), set1(__builtin_inff())};
   for (int dz = -1; dz <= 1; ++dz) {
-    const Vf z = max(set1(4.0f), min(set1(11.0f), add(middle, set1(static_cast<float>(dz)))));
+    const Vf z = add(middle, set1(static_cast<float>(dz)));
     const Vf rest = sub(set1(15.0f), z);
     // m (q - z) is to lie in -127 to 127.
     const Vf limit = round_to_integer(sub(div(set1(127.0f), max(z, rest)), set1(0.5f)));
-    const Vf whole = mul(max(div(below, z), div(high, rest)), units);
+    const Vf whole = max(div(below, z), div(high, rest));
     const Vf first_m = round_to_integer(add(whole, set1(0.5f)));
     for (int dm = 0; dm < 4; ++dm) {
       const Vf wanted = sub(first_m, set1(static_cast<float>(dm)));
       const Vf m = max(set1(1.0f), min(limit, wanted));
-      const Vf error = group_error(strip, unit, m, z, nullptr);
+      const Vf error = group_error(strip, m, z, nullptr);
       best.multiplier = select_greater(best.error, error, m, best.multiplier);
       best.zero_point = select_greater(best.error, error, z, best.zero_point);
       best.error = min(error, best.error);
@@ -139,17 +139,19 @@ static GroupFit fit_group(const float* strip, Vf unit) {
   return best;
 }
 
-static bool quantize_int4(const float* strip, int64_t padded, uint8_t* out, uint8_t* group,
+static bool quantize_int4(float* strip, int64_t padded, uint8_t* out, uint8_t* group,
                           float* scale) {
   Vf highest;
   if (!column_maxima(strip, padded, &highest)) return false;
   const Vf unit = div(highest, set1(120.0f));  // 120 = 8 * 15, the largest m (q - z) on one side
   store(scale, unit);
+  const Vf inverse = inverse_or_zero(unit);
+  for (int64_t k = 0; k < padded; ++k) store(strip + k * 16, mul(load(strip + k * 16), inverse));
   for (int64_t k = 0; k < padded; k += kNibbleGroup, group += ops::kTileColumns) {
     const float* w = strip + k * 16;
-    const GroupFit fit = fit_group(w, unit);
+    const GroupFit fit = fit_group(w);
     float nibbles[kNibbleGroup * kLanes];
-    group_error(w, unit, fit.multiplier, fit.zero_point, nibbles);
+    group_error(w, fit.multiplier, fit.zero_point, nibbles);
     const Vi z = small_integer(fit.zero_point);
     store_low_bytes(group, add(small_integer(fit.multiplier), shift_left<4>(z)));
     for (int line = 0; line < kNibbleGroup / 8; ++line, out += kLineBytes) {
@@ -173,7 +175,7 @@ static bool quantize_tiles(const QuantizeJob& j, int64_t tile0, int64_t tiles, f
     const int64_t tile = tile0 + t;
     float scale[16];
     for (int c = 0; c < 16; c += kLanes) {
-      const float* strip = scratch + t * padded * 16 + c;
+      float* strip = scratch + t * padded * 16 + c;
       const bool finite =
           j.group == nullptr
               ? quantize_int8(strip, padded, j.data + tile * padded * 16 + c * 4, scale + c)

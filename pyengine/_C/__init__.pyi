@@ -222,6 +222,42 @@ class StepResult:
     def score_tops(self) -> list[list[tuple[int, float]]]:
         """The top_n best (token id, log-probability) of each scored row, best first."""
 
+QUANT_PAD: int
+"""Inputs that quantised weights are padded to (64)."""
+
+TILE_COLUMNS: int
+"""Columns of a tile of packed weights (16)."""
+
+NIBBLE_GROUP: int
+"""Inputs of a column that share a multiplier and a zero point in int4 (32)."""
+
+_Tensor: TypeAlias = tuple[Buffer | npt.NDArray[Any], str, Sequence[int]]  # buffer, dtype, shape
+
+class AlignedBuffer:
+    """Bytes of the buffer protocol that begin at a cache line."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def quantize(
+    ctx: ExecContext, weight: _Tensor, layout: str, bits: int, factor: _Tensor | None = None
+) -> dict[str, tuple[AlignedBuffer, str, list[int]]]:
+    """A float matrix in ``bits`` (8 or 4), packed: "weight" and "group" (4 bits only) are uint8, "scale" (N,)
+    float32. ``layout``: "in_out" (K, N) or "out_in" (N, K). Row k is first multiplied by ``factor[k]``
+    (K,) float32. ``CheckpointError`` for NaN or infinity."""
+
+def equalize(
+    ctx: ExecContext, weight: _Tensor, gain: _Tensor, bias: _Tensor
+) -> tuple[
+    tuple[AlignedBuffer, str, list[int]],
+    tuple[AlignedBuffer, str, list[int]],
+    tuple[AlignedBuffer, str, list[int]],
+]:
+    """(factor, gain, bias), each (K,) float32: the factor for the rows of ``weight`` (K, N), and the layer norm
+    in front of it divided by that factor (csrc/model/quantize.h)."""
+
+def to_float32(ctx: ExecContext, tensor: _Tensor) -> tuple[AlignedBuffer, str, list[int]]:
+    """A copy of a float tensor in float32."""
+
 class Model:
     """GPT-2 weights and the forward pass over one ragged batch. Runs without the GIL; one step at a time."""
 
@@ -236,7 +272,8 @@ class Model:
         ("gelu_tanh", "gelu_erf", "relu", "silu"), layer_norm_epsilon, scale_attn_weights,
         scale_attn_by_inverse_layer_idx. ``weights``: canonical name (no ``transformer.``) ->
         (buffer, dtype name, shape); the buffers are kept, and read in place where their dtype is
-        ``dtype`` ("float32" or "bfloat16"); without ``lm_head.weight`` the head is ``wte.weight``.
+        ``dtype`` ("float32" or "bfloat16"). A matrix ``x.weight`` with an ``x.scale`` beside it is
+        quantised (``quantize``); ``dtype`` is "float32" then. Without ``lm_head.weight`` the head is ``wte.weight``.
         Raises CheckpointError naming a missing or misshapen tensor."""
     @property
     def context(self) -> ExecContext: ...

@@ -59,6 +59,17 @@ def linear(
     Activations: "none", "gelu_tanh", "gelu_erf", "relu", "silu".
     """
 
+def quantized_linear(
+    ctx: ExecContext,
+    x: _Floats,
+    weight: npt.NDArray[np.uint8],
+    scale: _Floats,
+    group: npt.NDArray[np.uint8] | None = None,
+    bias: _Floats | None = None,
+    activation: str = "none",
+) -> _Floats:
+    """``activation(x w + bias)`` (R, N); x (R, K), w as ``_C.quantize`` returns it, scale (N,)."""
+
 def linear_residual(
     ctx: ExecContext,
     x: _FloatsOrBfloat16,

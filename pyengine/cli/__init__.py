@@ -26,6 +26,7 @@ _COMMANDS = {
     "eval": "Perplexity of a checkpoint on texts, beside an n-gram model.",
     "bench": "Speed on fixed workloads, beside what the machine allows.",
     "inspect": "What a checkpoint is and what memory it needs.",
+    "quantize": "Write a checkpoint with int8 or int4 weights.",
     "doctor": "Check this machine and this installation.",
 }
 

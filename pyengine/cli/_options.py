@@ -26,11 +26,16 @@ dtype = click.option(
     default="auto",
     help="Compute in this type; auto: bfloat16 for bfloat16 files, else float32.",
 )
+quantization = click.option(
+    "--quantization",
+    type=click.Choice(["int8", "int4"]),
+    help="Quantise the weights while loading.  [default: as the checkpoint stores them]",
+)
 kv_cache_dtype = click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
     default="auto",
-    help="Store keys and values in this type; auto: as --dtype; int8: a quarter of float32's memory, "
+    help="Store keys and values in this type; auto: as --dtype, or bfloat16 with quantised weights; int8: a quarter of float32's memory, "
     "with a scale per token and head.",
 )
 kv_cache_memory = click.option(
@@ -55,7 +60,7 @@ threads = click.option(
 quiet = click.option("--quiet", "-q", is_flag=True, help="No summary and no progress on standard error.")
 json_lines = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
-_ENGINE = (model, dtype, kv_cache_dtype, kv_cache_memory, max_model_len, threads)
+_ENGINE = (model, dtype, quantization, kv_cache_dtype, kv_cache_memory, max_model_len, threads)
 
 
 def engine(function: Function) -> Function:
@@ -69,6 +74,7 @@ def open_llm(
     *,
     model: str | None,
     dtype: str,
+    quantization: str | None,
     kv_cache_dtype: str,
     kv_cache_memory: str | None,
     max_model_len: int | None,
@@ -83,6 +89,7 @@ def open_llm(
         llm = pyengine.LLM(
             model,
             dtype=dtype,
+            quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             kv_cache_memory=kv_cache_memory,
             max_model_len=max_model_len,

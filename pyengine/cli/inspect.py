@@ -26,6 +26,7 @@ exit status 1 if one is not a finite number.
 """
 
 _COMPUTE_DTYPES = ("float32", "bfloat16")
+_WEIGHT_DTYPES = (*_COMPUTE_DTYPES, "int8", "int4")
 
 
 @click.command(context_settings=_options.CONTEXT_SETTINGS, epilog=_EPILOG)
@@ -72,7 +73,7 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any]:
             "ignored_tensors": list(checkpoint.ignored),
         },
         "computes_in": checkpoint.auto_dtype,
-        "weight_bytes": {dtype: config.weight_bytes(dtype) for dtype in _COMPUTE_DTYPES},
+        "weight_bytes": {dtype: config.weight_bytes(dtype) for dtype in _WEIGHT_DTYPES},
         "kv_bytes_per_token": {dtype: config.kv_bytes_per_token(dtype) for dtype in _COMPUTE_DTYPES},
         "tokenizer": _tokenizer(checkpoint),
         "generation_config": checkpoint.generation_config,

@@ -35,10 +35,15 @@ class Checkpoint:
     path: Path  # its directory
     config: GPT2Config
     tensors: dict[str, Tensor]  # exactly those of config.weight_shapes(), by canonical name
-    dtype: str  # of the weights: "float32", "float16", "bfloat16", or "mixed"
+    dtype: str  # of the weights: "float32", "float16", "bfloat16", "mixed", "int8", "int4"
     generation_config: dict[str, Any]  # empty without generation_config.json
     files: tuple[Path, ...]  # the weight files
     ignored: tuple[str, ...]  # tensors that the model does not use
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8" or "int4" if the weights are stored quantised."""
+        return self.config.quantization
 
     @property
     def auto_dtype(self) -> str:
@@ -98,7 +103,7 @@ def load_checkpoint(
         path=directory,
         config=config,
         tensors=weights,
-        dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        dtype=config.quantization or (dtypes.pop() if len(dtypes) == 1 else "mixed"),
         generation_config=generation_config,
         files=files,
         ignored=ignored,

@@ -9,6 +9,7 @@ from typing import Any
 from pyengine import _C
 from pyengine.errors import ConfigError
 from pyengine.model.json_file import read_json_object, show
+from pyengine.model.quantization import METHODS, parse_quantization_config, quantized_bytes
 
 # Hugging Face activation name -> kernel (csrc/ops/ops.h). The tanh family is one function written in
 # several ways: gelu_fast has sqrt(2/pi) as 0.7978845608, the same float32 number; gelu_new, gelu_accurate
@@ -78,6 +79,7 @@ class GPT2Config:
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
     torch_dtype: str | None = None  # as the file says; the tensors' own dtypes decide
+    quantization: str | None = None  # "int8" or "int4": the weights are stored quantised
 
     def __post_init__(self) -> None:
         inner: object = self.n_inner
@@ -216,9 +218,12 @@ class GPT2Config:
         return sum(self._count())
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of the weights in memory: matrices in ``dtype``, gains and biases in float32."""
+        """Bytes of the weights in memory: matrices in ``dtype``, also "int8" or "int4"; vectors in float32."""
+        if dtype in METHODS:
+            return quantized_bytes(self, dtype)
         if dtype not in DTYPE_BYTES:
-            raise ConfigError(f"dtype is {show(dtype)}; it must be one of {', '.join(DTYPE_BYTES)}")
+            known = ", ".join((*DTYPE_BYTES, *METHODS))
+            raise ConfigError(f"dtype is {show(dtype)}; it must be one of {known}")
         matrices, vectors = self._count()
         return matrices * DTYPE_BYTES[dtype] + vectors * 4
 
@@ -261,17 +266,14 @@ def _fields(data: dict[str, Any]) -> dict[str, Any]:
                 f"{flag} is {show(data[flag])}; pyengine runs decoders without cross-attention, "
                 "so it must be false"
             )
-    if data.get("quantization_config"):
-        raise ConfigError(
-            "quantization_config is set: the weights are stored quantised; "
-            "save the checkpoint as float32, float16 or bfloat16 first"
-        )
     if data.get("pruned_heads"):
         raise ConfigError(
             f"pruned_heads is {show(data['pruned_heads'])}; all layers must have the same heads, "
             "so it must be empty"
         )
-    fields = {k: data[k] for k in GPT2Config.__dataclass_fields__ if k in data}
+    fields = {k: data[k] for k in GPT2Config.__dataclass_fields__ if k in data and k != "quantization"}
+    if data.get("quantization_config"):
+        fields["quantization"] = parse_quantization_config(data["quantization_config"])
     for alias, field in _ALIASES.items():
         if alias in data:
             fields[field] = data[alias]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pyengine.errors import CheckpointError
 from pyengine.model.config import DTYPE_BYTES, GPT2Config
 from pyengine.model.json_file import show
+from pyengine.model.quantization import quantized_tensors
 from pyengine.model.safetensors import Tensor
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
@@ -36,7 +37,13 @@ def select_weights(
     Left out of both: masks that old versions saved as buffers, and the head where it is tied (as in
     transformers, the embedding wins). CheckpointError if a tensor is missing or does not fit.
     """
-    expected = config.weight_shapes()
+    dtypes: dict[str, str] = {}  # of each tensor; without one, any float
+    if config.quantization is None:
+        expected = config.weight_shapes()
+    else:
+        packed = quantized_tensors(config, config.quantization)
+        expected = {name: shape for name, (_, shape) in packed.items()}
+        dtypes = {name: dtype for name, (dtype, _) in packed.items()}
     found: dict[str, Tensor] = {}
     ignored: list[str] = []
     for name, tensor in tensors.items():
@@ -61,11 +68,11 @@ def select_weights(
     if missing:
         raise CheckpointError(_missing_message(missing, expected, list(tensors), where))
     for short, shape in expected.items():  # the embedding first: its message says most about a wrong config
-        _check_tensor(short, found[short], shape)
+        _check_tensor(short, found[short], shape, dtypes.get(short))
     return {short: found[short] for short in expected}, tuple(ignored)
 
 
-def _check_tensor(short: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def _check_tensor(short: str, tensor: Tensor, expected: tuple[int, ...], dtype: str | None) -> None:
     where = f"{tensor.file}: tensor {show(tensor.name)}"
     if tensor.shape != expected:
         suffix = short.split(".", 2)[2] if short.startswith("h.") else short
@@ -76,7 +83,12 @@ def _check_tensor(short: str, tensor: Tensor, expected: tuple[int, ...]) -> None
                 "nn.Linear's (out, in), as nanoGPT saves it, must be transposed first"
             )
         raise CheckpointError(f"{where} has shape {show(tensor.shape)}, expected {expected}; {hint}")
-    if tensor.dtype not in DTYPE_BYTES:
+    if dtype is not None and tensor.dtype != dtype:
+        raise CheckpointError(
+            f"{where} has dtype {tensor.dtype}; in a quantised checkpoint it must be {dtype}: "
+            "quantise the checkpoint again"
+        )
+    if dtype is None and tensor.dtype not in DTYPE_BYTES:
         raise CheckpointError(
             f"{where} has dtype {tensor.dtype}; weights must be {', '.join(DTYPE_BYTES)}: "
             "save the checkpoint in one of these"

@@ -10,8 +10,10 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
+from collections.abc import Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from pyengine import _C
@@ -44,6 +46,8 @@ _DTYPES = {
     "U8": ("uint8", 8),
     "BOOL": ("bool", 8),
 }
+
+_DATA_ALIGNMENT = 64  # of what write_safetensors writes
 
 
 class Tensor(NamedTuple):
@@ -196,3 +200,31 @@ def _check_coverage(entries: list[_Entry], data_bytes: int, path: str) -> None:
         raise CheckpointError(
             f"{path}: the data has {data_bytes} bytes, but data_offsets of the tensors end at {position}"
         )
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, tuple[Any, str, tuple[int, ...]]],
+    metadata: dict[str, str],
+) -> int:
+    """Write (buffer, dtype, shape) by name; returns the bytes of data. Raises OSError.
+
+    Bytes come first, and the data starts at a multiple of 64: packed weights lie on cache lines when mapped.
+    """
+    names = {name: code for code, (name, _) in _DTYPES.items()}
+    ordered = sorted(tensors.items(), key=lambda item: (item[1][1] != "uint8", -len(item[1][2])))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, (buffer, dtype, shape) in ordered:
+        begin, end = end, end + memoryview(buffer).nbytes
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _DATA_ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, (buffer, _, _) in ordered:
+            file.write(buffer)
+        file.flush()
+        os.fsync(file.fileno())
+    return end

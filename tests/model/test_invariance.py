@@ -30,6 +30,8 @@ PRECISIONS = [
     ("float32", "bfloat16"),
     ("float32", "int8"),
     ("bfloat16", "int8"),
+    ("int8", "bfloat16"),
+    ("int4", "int8"),
 ]
 CONTEXT = 160  # n_positions of these models
 
@@ -93,7 +95,7 @@ def test_logits_do_not_depend_on_the_schedule(
 
 
 @pytest.mark.parametrize("isa", _C.available_isas())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_on_every_instruction_set(dtype: str, isa: str, checkpoint: Callable[[str], Path]) -> None:
     alone = cached_runner(checkpoint("wide"), dtype, 1, isa)
     together = cached_runner(checkpoint("wide"), dtype, 2, isa)
@@ -111,7 +113,7 @@ def test_on_every_instruction_set(dtype: str, isa: str, checkpoint: Callable[[st
 
 
 @pytest.mark.parametrize("name", ["head_dim_8", "wide"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_selected_rows_and_scores_equal_the_whole(
     dtype: str, name: str, checkpoint: Callable[[str], Path]
 ) -> None:
