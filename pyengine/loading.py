@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pyengine.codec import Codec
 from pyengine.decoding.params import GenerationDefaults
@@ -81,13 +83,12 @@ def load(
         kv_cache_memory=kv_cache_memory,
     )
     context = _C.ExecContext(num_threads or 0)
+    weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
     if quantization != checkpoint.quantization:
         from pyengine.model.quantize import quantize_weights
 
         assert quantization is not None  # _check_quantization
         weights = quantize_weights(context, checkpoint, quantization)
-    else:
-        weights = checkpoint.weights()
     core = Core(
         model=_C.Model(context, config.kernel_config(), weights, dtype),
         kv=_C.KVCache(*shape, num_blocks, kv_cache_dtype),
@@ -111,8 +112,8 @@ def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | 
     stored = checkpoint.quantization
     if quantization is not None and stored is not None and stored != quantization:
         raise ConfigError(
-            f"quantization={quantization!r}: {checkpoint.path} holds {stored} weights; quantise the checkpoint "
-            "that it was made from"
+            f"quantization={quantization!r}: {checkpoint.path} holds {stored} weights; quantise the "
+            "checkpoint that it was made from"
         )
     method = quantization or stored
     if method is not None and dtype == "bfloat16":

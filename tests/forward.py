@@ -21,7 +21,7 @@ Step = Sequence[tuple[int, int]]  # (sequence, new tokens of it), in the order o
 
 
 class Runner:
-    """A model on its own threads, and forward passes over lists of sequences. dtype: also "int8" and "int4"."""
+    """A model on its own threads, and forward passes over lists of sequences. dtype: also "int8", "int4"."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Runner:
         self.config: GPT2Config = checkpoint.config
         self.kv_dtype = kv_dtype or ("float32" if dtype in METHODS else dtype)
         self.context = _C.ExecContext(threads, isa)
-        weights: Mapping[str, tuple[Any, str, tuple[int, ...]]] = checkpoint.weights()
+        weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
         if dtype in METHODS:
             weights, dtype = quantize_weights(self.context, checkpoint, dtype), "float32"
         self.model = _C.Model(self.context, self.config.kernel_config(), weights, dtype)

@@ -331,7 +331,7 @@ def test_a_cache_too_small_for_the_request(checkpoint: Callable[[str], Path]) ->
         ("device", "tpu"),
         ("dtype", "float16"),
         ("dtype", "int8"),
-        ("quantization", "int8"),
+        ("quantization", "int3"),
         ("kv_cache_dtype", "int4"),
         ("num_threads", 0),
         ("max_model_len", 513),

@@ -241,8 +241,8 @@ class AlignedBuffer:
 def quantize(
     ctx: ExecContext, weight: _Tensor, layout: str, bits: int, factor: _Tensor | None = None
 ) -> dict[str, tuple[AlignedBuffer, str, list[int]]]:
-    """A float matrix in ``bits`` (8 or 4), packed: "weight" and "group" (4 bits only) are uint8, "scale" (N,)
-    float32. ``layout``: "in_out" (K, N) or "out_in" (N, K). Row k is first multiplied by ``factor[k]``
+    """A float matrix in ``bits`` (8 or 4), packed: "weight" and "group" (4 bits only) are uint8, "scale"
+    (N,) float32. ``layout``: "in_out" (K, N) or "out_in" (N, K). Row k is first multiplied by ``factor[k]``
     (K,) float32. ``CheckpointError`` for NaN or infinity."""
 
 def equalize(
@@ -252,8 +252,8 @@ def equalize(
     tuple[AlignedBuffer, str, list[int]],
     tuple[AlignedBuffer, str, list[int]],
 ]:
-    """(factor, gain, bias), each (K,) float32: the factor for the rows of ``weight`` (K, N), and the layer norm
-    in front of it divided by that factor (csrc/model/quantize.h)."""
+    """(factor, gain, bias), each (K,) float32: the factor for the rows of ``weight`` (K, N), and the layer
+    norm in front of it divided by that factor (csrc/model/quantize.h)."""
 
 def to_float32(ctx: ExecContext, tensor: _Tensor) -> tuple[AlignedBuffer, str, list[int]]:
     """A copy of a float tensor in float32."""
@@ -273,7 +273,8 @@ class Model:
         scale_attn_by_inverse_layer_idx. ``weights``: canonical name (no ``transformer.``) ->
         (buffer, dtype name, shape); the buffers are kept, and read in place where their dtype is
         ``dtype`` ("float32" or "bfloat16"). A matrix ``x.weight`` with an ``x.scale`` beside it is
-        quantised (``quantize``); ``dtype`` is "float32" then. Without ``lm_head.weight`` the head is ``wte.weight``.
+        quantised (``quantize``); ``dtype`` is "float32" then. Without ``lm_head.weight``
+        the head is ``wte.weight``.
         Raises CheckpointError naming a missing or misshapen tensor."""
     @property
     def context(self) -> ExecContext: ...

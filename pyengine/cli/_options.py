@@ -35,7 +35,8 @@ kv_cache_dtype = click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
     default="auto",
-    help="Store keys and values in this type; auto: as --dtype, or bfloat16 with quantised weights; int8: a quarter of float32's memory, "
+    help="Store keys and values in this type; auto: as --dtype, or bfloat16 with quantised weights; "
+    "int8: a quarter of float32's memory, "
     "with a scale per token and head.",
 )
 kv_cache_memory = click.option(

@@ -12,8 +12,9 @@ Examples:
   pyengine-cli generate --model ./gpt2-int8 "Once upon a time"
 
 \b
-The same weights as --quantization gives on any command, bit for bit, but quantised once: the new checkpoint is
-mapped into memory and ready at once. Only pyengine reads it. docs/quantization.md: formulas and accuracy.
+The same weights as --quantization gives on any command, bit for bit, but quantised once: the new
+checkpoint is mapped into memory and ready at once. Only pyengine reads it.
+docs/quantization.md has the formulas and the accuracy.
 """
 
 

@@ -218,7 +218,7 @@ class GPT2Config:
         return sum(self._count())
 
     def weight_bytes(self, dtype: str) -> int:
-        """Bytes of the weights in memory: matrices in ``dtype``, also "int8" or "int4"; vectors in float32."""
+        """Bytes of the weights in memory: matrices in ``dtype``, also "int8", "int4"; vectors in float32."""
         if dtype in METHODS:
             return quantized_bytes(self, dtype)
         if dtype not in DTYPE_BYTES:

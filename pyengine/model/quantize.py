@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from pyengine.model.json_file import read_json_object
 from pyengine.model.quantization import BITS, check_method, matrix_names, quantization_config
 from pyengine.model.safetensors import write_safetensors
 
-Weights: TypeAlias = dict[str, tuple[Any, str, tuple[int, ...]]]  # as _C.Model takes them
+Weights: TypeAlias = dict[str, tuple[Any, str, Sequence[int]]]  # as _C.Model takes them
 Progress: TypeAlias = Callable[[int, int], object]
 
 _EQUALIZED = {"attn.c_attn": "ln_1", "mlp.c_fc": "ln_2"}  # dense layer -> the norm in front of it
@@ -36,8 +36,8 @@ def quantize_weights(
     check_method(method)
     if checkpoint.quantization is not None:
         raise ConfigError(
-            f"{checkpoint.path} is quantised to {checkpoint.quantization} already; quantise the checkpoint that "
-            "it was made from"
+            f"{checkpoint.path} is quantised to {checkpoint.quantization} already; quantise the "
+            "checkpoint that it was made from"
         )
     sources = checkpoint.weights()
     layouts = matrix_names(checkpoint.config)
@@ -84,9 +84,10 @@ def write_quantized(
 ) -> int:
     """Write the quantised ``checkpoint`` to the directory ``output``; returns the bytes of its weights.
 
-    config.json is the old one with a ``quantization_config``; tokenizer and other small files are copied. It is
-    written beside ``output`` and renamed at the end: there is never half a checkpoint. An ``output`` that holds
-    files is a CheckpointError, unless ``overwrite`` and it is a checkpoint, which the new one then replaces.
+    config.json is the old one with a ``quantization_config``; tokenizer and other small files are copied. The
+    directory is written beside ``output`` and renamed at the end: there is never half a checkpoint. An
+    ``output`` that holds files is a CheckpointError, unless ``overwrite`` and it is a checkpoint, which the
+    new one then replaces.
     """
     check_method(method)
     output = Path(output)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from pyengine import _C
@@ -204,7 +204,7 @@ def _check_coverage(entries: list[_Entry], data_bytes: int, path: str) -> None:
 
 def write_safetensors(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, tuple[Any, str, tuple[int, ...]]],
+    tensors: Mapping[str, tuple[Any, str, Sequence[int]]],
     metadata: dict[str, str],
 ) -> int:
     """Write (buffer, dtype, shape) by name; returns the bytes of data. Raises OSError.
