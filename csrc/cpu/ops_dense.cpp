@@ -231,7 +231,7 @@ void query(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, c
   const int64_t channels = w.out_features / 3;
   job.out = q;
   job.out_stride = channels;
-  cpu::run_columns(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w.dtype), 0, channels);
+  cpu::run_columns(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w), 0, channels);
 }
 
 }  // namespace pyengine::ops
