@@ -259,10 +259,10 @@ static void run_quant(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
   finish_rows(j, row0, row1, col0, cols, scratch, ldc);
 }
 
-constexpr DenseKernels kDenseInt8 = {
+[[maybe_unused]] constexpr DenseKernels kDenseInt8 = {
     prepared_words_quant, prepare_quant, scratch_floats_quant<LayerInt8>,
     run_quant<LayerInt8>, nullptr,       32};
-constexpr DenseKernels kDenseInt4 = {
+[[maybe_unused]] constexpr DenseKernels kDenseInt4 = {
     prepared_words_quant, prepare_quant, scratch_floats_quant<LayerInt4>,
     run_quant<LayerInt4>, nullptr,       32};
 

@@ -55,6 +55,8 @@ const Kernels& amx_kernels() {
     k.isa = "amx";
     k.attention_bf16 = amx::attention_bf16();
     k.attention_i8 = amx::attention_i8();
+    k.dense_int8 = amx::dense_int8();
+    k.dense_int4 = amx::dense_int4();
     return k;
   }();
   return kernels;

@@ -3,10 +3,13 @@
 
 #include "cpu/isa_tables.h"
 #include "cpu/vec_avx512.h"
+#include "cpu/vec_int8.h"
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
 #include "cpu/dense.inl"
+#include "cpu/dense_quant.inl"
+#include "cpu/dense_quant_amx.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
 #include "cpu/attention_amx.inl"

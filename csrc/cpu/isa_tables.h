@@ -31,6 +31,8 @@ bool dot_is_faster_than_fma();  // measured, some microseconds
 namespace amx {
 const AttentionKernels& attention_bf16();
 const AttentionKernels& attention_i8();
+const DenseKernels& dense_int8();
+const DenseKernels& dense_int4();
 }  // namespace amx
 #endif
 
