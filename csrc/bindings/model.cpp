@@ -42,18 +42,30 @@ GPT2Config config_from(const py::dict& config) {
   return c;
 }
 
+// pybind11 calls a value of a wrong type a RuntimeError, naming neither value nor place.
+template <class T>
+T cast_or_refuse(py::handle value, const std::string& what) {
+  try {
+    return value.cast<T>();
+  } catch (const py::cast_error&) {
+    throw py::type_error(what + ", not " + std::string(py::str(py::type::handle_of(value))));
+  }
+}
+
 // The model together with the context it runs on and the buffers its weights lie in.
 class PyModel {
  public:
   PyModel(py::object ctx, const py::object& config, const py::object& weights,
           const std::string& dtype)
-      : ctx_object_(std::move(ctx)), ctx_(ctx_object_.cast<PyExecContext&>()) {
+      : ctx_object_(std::move(ctx)),
+        ctx_(cast_or_refuse<PyExecContext&>(ctx_object_, "ctx must be an ExecContext")) {
     const py::dict entries(weights);  // any mapping
     std::map<std::string, TensorView> tensors;
     buffers_.reserve(entries.size());
     for (auto [key, value] : entries) {
-      auto name = key.cast<std::string>();
-      auto entry = value.cast<std::tuple<py::object, std::string, std::vector<int64_t>>>();
+      auto name = cast_or_refuse<std::string>(key, "names of weights must be strings");
+      auto entry = cast_or_refuse<std::tuple<py::object, std::string, std::vector<int64_t>>>(
+          value, "weight '" + name + "' must be (buffer, dtype, shape)");
       buffers_.emplace_back(std::get<0>(entry), name.c_str());
       const BufferView& buffer = buffers_.back();
       // The buffer keeps the FileView that owns the guard.

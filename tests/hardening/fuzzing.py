@@ -149,7 +149,8 @@ _NUMBERS = (
 _VALUES: tuple[Any, ...] = (
     *_NUMBERS, None, True, False, "", "a", "\ud800", "\0", "../x", "x" * 300, 0.5, 1e308, -1e308,
     float("nan"), float("inf"), [], {}, [[]], [{}], {"": {}}, {"content": "x"}, [0, 0], [0, 2**60],
-    [2**60, 2**61], "F32", "BF16", "F4", "GPT2Tokenizer", "T5Tokenizer", "BPE", "WordPiece", "Unigram", "ByteLevel",
+    [2**60, 2**61], "F32", "BF16", "F4", "GPT2Tokenizer", "T5Tokenizer", "BPE", "WordPiece",
+    "Unigram", "ByteLevel",
 )  # fmt: skip
 _BYTES = (
     b"\0",
