@@ -165,7 +165,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "Sampler": (_C.Sampler, {"num_slots": 2}),
         "Model": (  # its configuration and weights have tests of their own
             lambda ctx, dtype: _C.Model(ctx, CONFIG, weights(), dtype),
-            {"ctx": ctx, "dtype": "float32"},
+            {"ctx": _C.ExecContext(1), "dtype": "float32"},
         ),
         "step": (
             model.step,
