@@ -68,7 +68,7 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
 
-@dataclass
+@dataclass(slots=True)
 class StreamDelta:
     """What one step added to one continuation.
 

@@ -178,7 +178,9 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
       std::memcpy(last_h + r * act_row, static_cast<std::byte*>(h) + row * act_row, act_row);
     }
     const ops::RaggedBatch some_view = chosen_.view(view);
-    step.enter(Part::qkv, row_cost(some, channels, act, sizeof(float)));
+    Cost query = row_cost(some, channels, act, sizeof(float));  // its weights are counted above
+    query.operations = 2 * some * channels * channels;
+    step.enter(Part::qkv, query);
     ops::query(ctx, last_h, some, layer.c_attn.weight, layer.c_attn.bias, q);
     step.enter(Part::attention, step.on() ? attention_cost(some_view, kv.layout(), act) : Cost{});
     ops::attention(ctx, q, some_view, kv.layer(i), scale, attn, dtype_);

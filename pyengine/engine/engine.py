@@ -9,7 +9,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.generation import Generation, Sample
 from pyengine.engine.metrics import Counters
@@ -166,9 +166,7 @@ class Engine:
             self.scheduler.abandon(seq)
             self.give_up(seq.request, _named(seq.request, error))
 
-    def _hand_out(
-        self, scheduled: Scheduled, result: Any, slots: array[int], num_scored: array[int]
-    ) -> None:
+    def _hand_out(self, scheduled: Scheduled, result: Any, slots: array[int], num_scored: array[int]) -> None:
         sampled = result.token_ids
         logprobs: list[float] | None = None
         scores: list[float] | None = None
@@ -179,7 +177,8 @@ class Engine:
         for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
             request = seq.request
             row += slot >= 0
-            if isinstance(seq, Window):
+            if not seq.draws:
+                assert isinstance(seq, Window)
                 if scores is None:
                     scores, score_tops = result.scores, result.score_tops
                 rows = slice(score_row, score_row + num_rows)
@@ -187,7 +186,8 @@ class Engine:
                 if request.error is None:
                     self._take_scores(seq, count, scores[rows], score_tops[rows])
                 continue
-            assert isinstance(seq, Sample)
+            if TYPE_CHECKING:
+                assert isinstance(seq, Sample)
             if request.error is not None:
                 continue  # given up just now, with another of its samples
             is_prompt = seq.num_computed < seq.num_prompt
@@ -216,7 +216,7 @@ class Engine:
                         request.end = now
                 if seq.request.stream:
                     request.report(seq)
-                if request.finished:
+                if seq.finish_reason is not None and request.finished:
                     self._remove(request)
             except Exception as error:  # its text cannot be made, or nobody takes it
                 self.give_up(request, _named(request, error))

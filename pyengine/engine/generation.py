@@ -129,33 +129,31 @@ class Generation(Request):
     def count_token(self, now: float) -> None:
         """A step that ended at ``now`` gave it a token, or one to each of several samples."""
         self.num_token_steps += 1
-        if self.last_token is None:
+        last, self.last_token = self.last_token, now
+        if last is None:
             self.first_token = now
-        else:
-            self.longest_gap = max(self.longest_gap or 0.0, now - self.last_token)
-        self.last_token = now
+        elif self.longest_gap is None or now - last > self.longest_gap:
+            self.longest_gap = now - last
 
     def report(self, seq: Sequence) -> None:
         """Send what is new of a sample."""
         if not self.stream or self.mailbox is None:
             return
         assert isinstance(seq, Sample)
-        new = seq.token_ids[seq.num_prompt + seq.num_reported :].tolist()
+        begin = seq.num_prompt + seq.num_reported
+        if begin == len(seq.token_ids) - 1:
+            new = [seq.token_ids[-1]]
+        else:
+            new = seq.token_ids[begin:].tolist()
         logprobs = None
         if self.params.logprobs >= 0:
             logprobs = self._logprobs(seq.logprobs[seq.num_reported :])
         seq.num_reported += len(new)
+        text = "" if seq.text is None else seq.text.take()
+        output = self.output() if self.num_unfinished == 0 else None
+        # Positions, not keywords: this runs for every token of every stream.
         self.mailbox.put(
-            StreamDelta(
-                request_id=self.id,
-                index=seq.index,
-                text="" if seq.text is None else seq.text.take(),
-                token_ids=new,
-                logprobs=logprobs,
-                finish_reason=seq.finish_reason,
-                stop_reason=seq.stop_reason,
-                output=self.output() if self.finished else None,
-            )
+            StreamDelta(self.id, seq.index, text, new, logprobs, seq.finish_reason, seq.stop_reason, output)
         )
 
     def output(self) -> RequestOutput:

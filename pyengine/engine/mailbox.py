@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future
@@ -20,6 +21,7 @@ class AsyncMailbox:
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self._loop = loop
+        self._alarm = _alarms.setdefault(loop, _Alarm())
         self._items: deque[Any] = deque()
         self._waiter: Future[None] | None = None
         self._is_waking = False
@@ -29,7 +31,7 @@ class AsyncMailbox:
         self._items.append(item)
         if not self._is_waking:
             self._is_waking = True
-            self._loop.call_soon_threadsafe(self._wake)
+            self._alarm.wake(self, self._loop)
 
     async def get(self) -> Any:
         while not self._items:
@@ -40,7 +42,35 @@ class AsyncMailbox:
                 self._waiter = None
         return self._items.popleft()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Called by the loop."""
         self._is_waking = False  # first: what is put from here on wakes again
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class _Alarm:
+    """Wakes an event loop once for all of its mailboxes: each time costs a system call."""
+
+    def __init__(self) -> None:
+        self._mailboxes: deque[AsyncMailbox] = deque()
+        self._is_set = False
+
+    def wake(self, mailbox: AsyncMailbox, loop: AbstractEventLoop) -> None:
+        self._mailboxes.append(mailbox)
+        if self._is_set and not loop.is_closed():
+            return
+        self._is_set = True  # first: the loop may ring at once
+        try:
+            loop.call_soon_threadsafe(self._ring)
+        except RuntimeError:
+            self._is_set = False
+            raise
+
+    def _ring(self) -> None:
+        self._is_set = False  # first: whoever comes from here on sets it again
+        while self._mailboxes:
+            self._mailboxes.popleft().wake()
+
+
+_alarms: WeakKeyDictionary[AbstractEventLoop, _Alarm] = WeakKeyDictionary()

@@ -23,7 +23,17 @@ class Codec(Protocol):
 class TextStream:
     """The text of one sequence. What could be the beginning of a stop string is held back by ``take``."""
 
-    __slots__ = ("_beginnings", "_detokenizer", "_finished", "_overlap", "_shown", "_stop", "text")
+    __slots__ = (
+        "_beginnings",
+        "_detokenizer",
+        "_finished",
+        "_firsts",
+        "_lasts",
+        "_overlap",
+        "_shown",
+        "_stop",
+        "text",
+    )
 
     def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
         self.text = ""
@@ -34,6 +44,9 @@ class TextStream:
         self._beginnings = [
             tuple({s[:length] for s in stop if len(s) > length}) for length in range(self._overlap, 0, -1)
         ]
+        # Few tokens hold a character that a stop string begins or ends with: the others need no search.
+        self._firsts = tuple({s[0] for s in stop})
+        self._lasts = tuple({s[-1] for s in stop})
         self._shown = 0
         self._finished = False
 
@@ -51,23 +64,39 @@ class TextStream:
 
     def take(self) -> str:
         """Text that may be shown and was not taken before."""
-        end = len(self.text)
-        if not self._finished:
-            for beginnings in self._beginnings:
-                if self.text.endswith(beginnings):
-                    end -= len(beginnings[0])
+        text = self.text
+        end = len(text)
+        if self._overlap and not self._finished:
+            tail = text[-self._overlap :]
+            for first in self._firsts:
+                if first in tail:
+                    end -= self._held_back(tail)
                     break
         if end <= self._shown:
             return ""
-        new = self.text[self._shown : end]
+        new = text[self._shown : end]
         self._shown = end
         return new
+
+    def _held_back(self, tail: str) -> int:
+        """Characters at the end that could be the beginning of a stop string."""
+        for beginnings in self._beginnings:
+            if tail.endswith(beginnings):
+                return len(beginnings[0])
+        return 0
 
     def _extend(self, piece: str) -> str | None:
         if not piece or self._finished:
             return None
-        start = max(0, len(self.text) - self._overlap)
-        self.text += piece
+        before = self.text
+        self.text = before + piece
+        for last in self._lasts:
+            if last in piece:
+                return self._find_stop(max(0, len(before) - self._overlap))
+        return None
+
+    def _find_stop(self, start: int) -> str | None:
+        """The stop string that is complete from ``start`` on; the text is cut before it."""
         hits = [(at, s) for s in self._stop if (at := self.text.find(s, start)) >= 0]
         if not hits:
             return None

@@ -98,7 +98,7 @@ def test_json_of_own_workloads(run: Run, checkpoint: Callable[[str], Path]) -> N
     assert {row["dtype"] for row in rows} == {row["kv_dtype"] for row in rows} == {"bf16"}
     for row in rows:
         parts = {part["part"]: part for part in row["profile"]}
-        assert parts["qkv"]["calls"] == LAYERS * 3 and parts["head"]["calls"] == 3
+        assert parts["attention"]["calls"] == LAYERS * 3 and parts["head"]["calls"] == 3
         assert sum(part["share"] for part in parts.values()) == pytest.approx(1, abs=0.01)
         assert parts["outside the steps"]["ms"] > 0
 
@@ -161,10 +161,14 @@ def test_profile_counts_what_a_step_costs(checkpoint: Callable[[str], Path], dty
     assert fc.operations == 2 * fc_rows * channels * inner
     assert fc.bytes == LAYERS * new * channels * inner * size + fc_rows * (channels + inner) * size
     attention = counted.parts["attention"]
-    seen = 2 * sum(range(1, prompt + new))  # keys that each query sees
-    assert attention.operations == LAYERS * seen * 4 * channels
-    keys = 2 * sum(range(prompt, prompt + new))  # of each step
-    assert attention.bytes == LAYERS * (keys * 2 * channels * size + rows * channels * (4 + size))
+    # Keys that each query sees; in the last layer only the prompts' last rows have queries.
+    keys = 2 * sum(range(prompt, prompt + new))
+    seen = (LAYERS - 1) * 2 * sum(range(1, prompt + new)) + keys
+    assert attention.operations == seen * 4 * channels
+    queries = (LAYERS - 1) * rows + 2 * new
+    assert attention.bytes == LAYERS * keys * 2 * channels * size + queries * channels * (4 + size)
+    qkv = counted.parts["qkv"]
+    assert qkv.operations == 2 * channels * channels * (LAYERS * rows * 2 + queries)
     assert counted.parts["head"].operations == 2 * 2 * new * channels * config.vocab_size
     assert counted.parts["head"].calls == counted.parts["sampling"].calls == new
     assert counted.total.seconds >= max(part.seconds for part in counted.parts.values()) > 0

@@ -61,7 +61,7 @@ def test_tables(results: Path, tmp_path: Path) -> None:
     assert row in text and "old" not in text
     assert text.startswith("A\n<!-- begin peers -->\n| weights |") and "<!-- end peers -->\nB\n" in text
     assert "### decode, float32" in text and "128 steps" in text
-    assert "| qkv | 2 |" in text and "| head | 1 |" in text  # two layers
+    assert "| attention | 2 |" in text and "| head | 1 |" in text  # two layers
     render(results, "--pages", page)
     assert page.read_text() == text
 

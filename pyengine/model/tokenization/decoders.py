@@ -59,9 +59,14 @@ class ByteDecoder(TextDecoder):
 
     def push(self, ids: Sequence[int]) -> str:
         table = self._table
-        data = self._pending + b"".join([table[i] for i in ids])
+        if len(ids) == 1:  # as a stream does
+            data = table[ids[0]]
+            if self._pending:
+                data = self._pending + data
+        else:
+            data = self._pending + b"".join([table[i] for i in ids])
         text, used = utf_8_decode(data, "replace", False)
-        self._pending = data[used:]
+        self._pending = b"" if used == len(data) else data[used:]
         return text
 
     def finish(self) -> str:
