@@ -109,11 +109,23 @@ static int count_keys(AttentionState& s, int segment) {
   return s.keys[s.rows - 1];
 }
 
+// Asks for the query that the next item has where this one has `unit`: they lie rows apart, which
+// no prefetcher of the processor foresees.
+static void fetch_next_query(const AttentionState& s, int unit) {
+  const AttentionItem* next = s.item.next;
+  const int row = unit % s.rows, head = unit / s.rows;
+  if (next == nullptr || row >= next->num_rows || head >= next->num_heads) return;
+  const auto* q = reinterpret_cast<const char*>(s.job.q + (next->row0 + row) * s.job.channels +
+                                                (next->head0 + head) * s.job.kv.head_dim);
+  for (int64_t i = 0; i < s.job.kv.head_dim * 4; i += 64) __builtin_prefetch(q + i, 0, 3);
+}
+
 // Scores to probabilities. Lanes after a row's last key hold -infinity, vectors after it anything.
 static void softmax(AttentionState& s) {
   for (int u = 0; u < s.units; ++u) {
     const int keys = s.keys[u % s.rows];
     if (keys == 0) continue;
+    fetch_next_query(s, u);
     float* p = s.scores + int64_t{u} * ops::kKeySegment;
     Vf best = load(p);
     for (int i = kLanes; i < keys; i += kLanes) best = max(best, load(p + i));
@@ -246,16 +258,21 @@ class Pieces {
     if (s_.item.segment < 0 && next <= position(s_, s_.rows - 1)) {
       return Pieces(s_, segment_ + 1, kTokens).at(0);
     }
-    // The next item is likely to be about the next head.
-    Piece<kPieceBlocks> piece = Pieces(s_, 0, kTokens).at(0);
-    const bool last_head = s_.item.head0 + s_.item.num_heads == s_.job.kv.n_head;
-    for (const char*& block : piece.block) {
-      block += last_head ? 0 : s_.item.num_heads * s_.job.kv.key_bytes;
+    return s_.item.next != nullptr ? first_piece(*s_.item.next) : at(i);
+  }
+
+ private:
+  Piece<kPieceBlocks> first_piece(const AttentionItem& item) const {
+    const KVMemory& kv = s_.job.kv;
+    const int last = s_.job.positions[item.row0 + item.num_rows - 1] / 16;
+    Piece<kPieceBlocks> piece;
+    for (int b = 0; b < kPieceBlocks; ++b) {
+      const int64_t block = item.block_table[b <= last ? b : 0];
+      piece.block[b] = kv.data + block * kv.block_bytes + item.head0 * kv.key_bytes;
     }
     return piece;
   }
 
- private:
   const AttentionState& s_;
   int segment_;
   int per_head_;

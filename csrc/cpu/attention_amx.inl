@@ -242,6 +242,7 @@ class AmxAttention {
     const float* key_scale = kI8 ? scales_ + head * ops::kKeySegment : nullptr;
     for (int row = 0; row < s_.rows; ++row) {
       const int keys = s_.keys[row], unit = head * s_.rows + row;
+      fetch_next_query(s_, unit);
       float* s = s_.scores + int64_t{unit} * ops::kKeySegment;
       auto* p = reinterpret_cast<uint16_t*>(s);
       const int whole = keys / 16 * 16;

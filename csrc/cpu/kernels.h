@@ -102,6 +102,7 @@ struct AttentionItem {
   int head0 = 0, num_heads = 0;
   // -1: all keys, into `out`. Else that segment only, into `partials`: [num_heads][num_rows].
   int segment = -1;
+  const AttentionItem* next = nullptr;  // what the same thread is likely to run next, or null
   float* partials = nullptr;
 };
 

@@ -69,6 +69,7 @@ AttentionCut cut_attention(ExecContext& ctx, const AttentionJob& job, const ops:
       }
     }
   }
+  for (int64_t i = 0; i + threads < cut.num_items; ++i) cut.items[i].next = &cut.items[i + threads];
   cut.by_segment = cut.num_items < 2 * threads && max_segments > 1 && threads > 1;
   return cut;
 }
@@ -107,6 +108,7 @@ void run_by_segment(ExecContext& ctx, const AttentionJob& job, const AttentionCu
     const int64_t i = std::upper_bound(first, first + cut.num_items + 1, n) - first - 1;
     AttentionItem item = cut.items[i];
     item.segment = static_cast<int>(n - first[i]);
+    item.next = nullptr;
     item.partials = partials + first_float[i] + item.segment * part_size(item);
     kernels.run(job, item, scratch + worker * scratch_stride);
   });
