@@ -34,6 +34,7 @@ class Target(NamedTuple):
     run: Callable[[Path], object]  # with the directory that holds it
     form: str  # "json", "safetensors" or "bytes": what mutations know of it
     beside: tuple[str, ...] = ()  # files of the tiny checkpoint that have to be there
+    quantization: str | None = None  # of that checkpoint
 
 
 def _tokenizer(directory: Path) -> None:
@@ -89,6 +90,9 @@ TARGETS: dict[str, Target] = {
     "wordpiece": Target("vocab.txt", _tokenizer, "bytes"),
     "sentencepiece": Target("spiece.model", _tokenizer, "bytes"),
     "model_config": Target("config.json", _model, "json", ("model.safetensors",)),
+    "quantized_config": Target("config.json", _model, "json", ("model.safetensors",), "int8"),
+    "quantized_int8": Target("model.safetensors", _model, "safetensors", ("config.json",), "int8"),
+    "quantized_int4": Target("model.safetensors", _model, "safetensors", ("config.json",), "int4"),
     "model_weights": Target("model.safetensors", _model, "safetensors", ("config.json",)),
 }
 
@@ -100,6 +104,8 @@ class Runner:
         self.target = TARGETS[name]
         self.directory = root / name
         template = tiny.make(root / f"{name}-template")
+        if self.target.quantization is not None:
+            template = quantized(template, self.target.quantization)
         shutil.copy(template / "model.safetensors", template / "shard.safetensors")
         self.directory.mkdir()
         for file in self.target.beside:
@@ -117,6 +123,15 @@ class Runner:
             assert message and len(message) < 2000, f"a message of {len(message)} characters"
             return error
         return None
+
+
+def quantized(checkpoint: Path, method: str) -> Path:
+    """A quantised copy of a checkpoint, beside it."""
+    from pyengine.model.quantize import write_quantized
+
+    output = checkpoint.with_name(f"{checkpoint.name}-{method}")
+    write_quantized(load_checkpoint(checkpoint), output, method)
+    return output
 
 
 def seeds(name: str) -> list[bytes]:
