@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Compare pyengine with another engine, run by run in turn, and print the ratios with their spread.
 
-Machines drift: only neighbouring runs are comparable. The peer runs in an environment of its own, in a
+Machines drift, so only neighbouring runs are comparable, and a pair during which other processes compute does
+not count. The peer runs in an environment of its own, in a
 process that stays alive between runs, as pyengine does here; a run of one follows a run of the other, and
 each pair gives a ratio. The peer's script is imported there; it holds a function ``engine_NAME(dtype, model,
 threads)`` for each engine, which returns ``run(workload) -> (seconds to the first token, seconds in all)``,
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -62,6 +64,7 @@ class Peer:
             )
         except OSError as error:
             raise PeerError(f"--peers-python {python}: {error.strerror}") from error
+        self.pid = self._process.pid
         self._answer()
 
     def rate(self, workload: str) -> float:
@@ -89,6 +92,35 @@ class Peer:
         return json.loads(line)
 
 
+class Bystanders:
+    """How much of the processors other processes take, from /proc (Linux)."""
+
+    def __init__(self, *processes: int) -> None:
+        self._processes = processes
+        self._last = self._read()
+
+    def share(self) -> float | None:
+        """Since the last call: 0 is none of the machine, 1 all of it."""
+        before, self._last = self._last, self._read()
+        if before is None or self._last is None:
+            return None
+        passed, busy, own = (new - old for new, old in zip(self._last, before, strict=True))
+        return max(0.0, busy - own) / passed if passed > 0 else 0.0
+
+    def _read(self) -> tuple[int, int, int] | None:
+        """Ticks of all processors that have passed, that were used, and that our processes used."""
+        try:
+            user, nice, system, idle, wait, *rest = map(int, Path("/proc/stat").read_text().split()[1:9])
+            own = 0
+            for process in self._processes:
+                fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+                own += int(fields[11]) + int(fields[12])
+        except (OSError, ValueError):
+            return None
+        used = user + nice + system + sum(rest)
+        return used + idle + wait, used, own
+
+
 def spread(values: list[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 3),
@@ -97,26 +129,47 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def compare(llm: LLM, peer: Peer, workload: workloads.Workload, pairs: int) -> dict[str, Any]:
-    """Rates of ``pairs`` pairs of runs, after one run of each that does not count, and their ratios."""
+def compare(
+    llm: LLM, peer: Peer, workload: workloads.Workload, pairs: int, max_others: float
+) -> dict[str, Any]:
+    """Rates of ``pairs`` pairs of runs, after one run of each that does not count, and their ratios.
+
+    A pair during which others took more than ``max_others`` of the machine is repeated, until as many have
+    been in vain as were wanted.
+    """
 
     def own_rate() -> float:
         return workload.tokens_per_second(*measure.run(llm, workload))
 
     own_rate(), peer.rate(workload.name)
-    own, other = [], []
-    for pair in range(pairs):
-        if pair % 2 == 0:  # who goes first changes, so that a drift favours nobody
-            own.append(own_rate())
-        other.append(peer.rate(workload.name))
-        if pair % 2:
-            own.append(own_rate())
+    own: list[float] = []
+    other: list[float] = []
+    others: list[float] = []
+    bystanders = Bystanders(os.getpid(), peer.pid)
+    discarded = 0
+    while len(own) < pairs:
+        bystanders.share()
+        if len(own) % 2 == 0:  # who goes first changes, so that a drift favours nobody
+            a = own_rate()
+            b = peer.rate(workload.name)
+        else:
+            b = peer.rate(workload.name)
+            a = own_rate()
+        share = bystanders.share()
+        if share is not None and share > max_others and discarded < pairs:
+            discarded += 1
+            continue
+        own.append(a)
+        other.append(b)
+        others.append(share or 0.0)
     ratios = [a / b for a, b in zip(own, other, strict=True)]
     return {
         "workload": workload.name,
         "ratio": spread(ratios),
         "pyengine": spread(own),
         "peer": spread(other),
+        "others": round(max(others), 3),
+        "discarded": discarded,
         "pairs": [[round(a, 2), round(b, 2)] for a, b in zip(own, other, strict=True)],
     }
 
@@ -139,6 +192,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workload", default=",".join(workloads.NAMES), help="default: %(default)s")
     parser.add_argument("--pairs", type=int, default=7, help="counted runs of each (default %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="of both (default %(default)s)")
+    parser.add_argument(
+        "--max-others",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="repeat a pair while other processes take more of the machine (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON line per workload, not a table")
     args = parser.parse_args()
     if args.pairs < 1:
@@ -161,10 +221,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"tokens/s of {len(first['pairs'])} pairs, {first['threads']} threads: median (least-most)")
     peer = f"{first['peer_engine']} {first['peer_dtype']}"
     own = f"pyengine {first['dtype']}, KV {first['kv_dtype']}"
-    print(f"{'workload':<10}{own:>32}{peer:>32}{'ratio':>22}")
+    print(f"{'workload':<10}{own:>32}{peer:>32}{'ratio':>22}{'others':>9}")
     for row in rows:
         line = f"{row['workload']:<10}{cell(row['pyengine'], 1):>32}{cell(row['peer'], 1):>32}"
-        print(line + f"{cell(row['ratio'], 2):>22}")
+        print(line + f"{cell(row['ratio'], 2):>22}{row['others']:>9.0%}")
 
 
 def main() -> None:
@@ -178,7 +238,7 @@ def main() -> None:
         args.peers_python, args.peers_script, args.peer, args.peer_dtype, args.peer_model, args.threads
     )
     about = {
-        "dtype": args.quantization or measure.SHORT_NAMES[llm.dtype],
+        "dtype": measure.weights_of(llm),
         "kv_dtype": measure.SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "isa": context_of(llm).isa,
         "peer_engine": args.peer,
@@ -188,7 +248,7 @@ def main() -> None:
     rows = []
     try:
         for workload in chosen:
-            rows.append({**about, **compare(llm, peer, workload, args.pairs)})
+            rows.append({**about, **compare(llm, peer, workload, args.pairs, args.max_others)})
             if args.json:
                 print(json.dumps(rows[-1]), flush=True)
     finally:

@@ -112,11 +112,14 @@ def _take_profile(llm: Any, result: Result) -> None:
         )
 
 
-def as_row(
-    result: Result, llm: Any, quantization: str | None, load_s: float, limits: Limits
-) -> dict[str, Any]:
+def weights_of(llm: Any) -> str:
+    """f32, bf16, int8 or int4."""
+    return str(llm.quantization or SHORT_NAMES[llm.dtype])
+
+
+def as_row(result: Result, llm: Any, load_s: float, limits: Limits) -> dict[str, Any]:
     """What ``bench --json`` prints for a workload; ``docs/benchmarks.md`` lists the keys."""
-    dtype = quantization or SHORT_NAMES[llm.dtype]
+    dtype = weights_of(llm)
     seconds = statistics.median(result.seconds)
     workload = result.workload
     return {

@@ -117,7 +117,7 @@ def command(
 
     rows = []
     for result in results:
-        row = measure.as_row(result, llm, engine.get("quantization"), load_s, limit)
+        row = measure.as_row(result, llm, load_s, limit)
         if profile:
             row["profile"] = measure.profile_rows(result, row["dtype"], limit)
         if as_json:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,8 +58,9 @@ def test_pairs_and_ratios(compare: Callable[..., subprocess.CompletedProcess[str
     assert row["peer"] == {"median": 50.0, "min": 50.0, "max": 50.0}
     ratios = sorted(ours / 50 for ours, _ in row["pairs"])
     assert [row["ratio"][name] for name in ("min", "median", "max")] == pytest.approx(ratios, abs=2e-3)
-    # One run that does not count, then the three.
-    assert (tmp_path / "log").read_text() == "decode f32 1\n" * 4
+    # One run that does not count, then the three, and those that other processes have disturbed.
+    assert (tmp_path / "log").read_text() == "decode f32 1\n" * (4 + row["discarded"])
+    assert 0 <= row["discarded"] <= 3 and 0 <= row["others"] <= 1
     assert "loading f32" in result.stderr
 
 
@@ -65,7 +69,7 @@ def test_table(compare: Callable[..., subprocess.CompletedProcess[str]]) -> None
     assert result.returncode == 0, result.stderr
     first, head, row = result.stdout.splitlines()
     assert first == "tokens/s of 1 pairs, 1 threads: median (least-most)"
-    assert head.split() == ["workload", "pyengine", "f32,", "KV", "f32", "fake", "f32", "ratio"]
+    assert head.split() == ["workload", "pyengine", "f32,", "KV", "f32", "fake", "f32", "ratio", "others"]
     assert row.startswith("decode") and "50.0 (50.0-50.0)" in row
 
 
@@ -90,3 +94,21 @@ def test_failures_say_why(
     assert result.stdout == ""
     if peer == "broken":
         assert "out of luck" in result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="no /proc: not Linux")
+def test_bystanders_are_seen() -> None:
+    spec = importlib.util.spec_from_file_location("compare_peers", TOOL)
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        known, unknown = tool.Bystanders(os.getpid(), busy.pid), tool.Bystanders(os.getpid())
+        time.sleep(1)
+        assert unknown.share() > known.share() >= 0
+    finally:
+        busy.kill()
+        busy.wait()
+    known.share()
+    assert known.share() is None  # a process is gone
