@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -179,3 +180,17 @@ def test_only_astream_imports_asyncio() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_event_loops_that_are_over_are_forgotten(llm: LLM) -> None:
+    """Also those that end while the engine still has something to tell them."""
+
+    async def leave() -> weakref.ref[asyncio.AbstractEventLoop]:
+        async for _ in llm.astream([3] * 4, SamplingParams(max_tokens=20, ignore_eos=True)):
+            break
+        return weakref.ref(asyncio.get_running_loop())
+
+    loops = [asyncio.run(leave()) for _ in range(20)]
+    wait_until_idle(llm)
+    gc.collect()
+    assert not any(loop() for loop in loops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,8 @@ class AsyncMailbox:
     """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
-        self._loop = loop
+        # Weak: _alarms, which forgets a loop that is gone, leads here.
+        self._loop = weakref.ref(loop)
         self._alarm = _alarms.setdefault(loop, _Alarm())
         self._items: deque[Any] = deque()
         self._waiter: Future[None] | None = None
@@ -31,11 +33,16 @@ class AsyncMailbox:
         self._items.append(item)
         if not self._is_waking:
             self._is_waking = True
-            self._alarm.wake(self, self._loop)
+            loop = self._loop()
+            if loop is None:
+                raise RuntimeError("the event loop is gone")
+            self._alarm.wake(self, loop)
 
     async def get(self) -> Any:
         while not self._items:
-            self._waiter = self._loop.create_future()
+            loop = self._loop()
+            assert loop is not None  # it runs this
+            self._waiter = loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -65,6 +72,7 @@ class _Alarm:
             loop.call_soon_threadsafe(self._ring)
         except RuntimeError:
             self._is_set = False
+            self._mailboxes.clear()  # of a closed loop: nobody waits
             raise
 
     def _ring(self) -> None:
