@@ -126,3 +126,24 @@ def test_scores_equal_the_reference(directory: Path, prompts: list[list[int]]) -
 
 def test_the_directory_is_small(directory: Path) -> None:
     assert sum(file.stat().st_size for file in directory.rglob("*")) <= 12_000_000
+
+
+def test_int8_keys_and_values_keep_the_perplexity() -> None:
+    text = "\n\n".join(SENTENCES)
+    perplexity = {
+        dtype: LLM(num_threads=1, kv_cache_dtype=dtype).score(text).perplexity
+        for dtype in ("float32", "int8")
+    }
+    assert perplexity["int8"] != perplexity["float32"], "the cache is not what was asked for"
+    assert perplexity["int8"] == pytest.approx(perplexity["float32"], rel=3e-3)
+
+
+def test_int8_keys_and_values_do_not_depend_on_company(prompts: list[list[int]]) -> None:
+    llm = LLM(num_threads=2, kv_cache_dtype="int8", enable_prefix_caching=False)
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=1)
+    chosen = prompts[::PROMPTS_PER_LENGTH]
+    together = [output.outputs[0] for output in llm.generate(chosen, params)]
+    for prompt, expected in zip(chosen, together, strict=True):
+        (alone,) = llm.generate([prompt], params)
+        assert alone.outputs[0].token_ids == expected.token_ids
+        assert alone.outputs[0].logprobs == expected.logprobs
