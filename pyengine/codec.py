@@ -68,6 +68,14 @@ class Codec:
             )
         return array("i", self.tokenizer.encode(prompt))
 
+    def encode_word(self, text: str) -> list[int]:
+        """Token ids of a text inside of another: no special tokens in front of it."""
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{self.directory} has no tokenizer files: give token ids instead of the text {text!r}"
+            )
+        return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :]
+
     def encode_prompt(self, prompt: Prompt) -> array[int]:
         """Token ids to continue from: BOS where there is nothing else."""
         ids = self.encode(prompt)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyengine.codec import Codec
-from pyengine.decoding.params import GenerationDefaults
+from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.engine.engine import Core, Engine
 from pyengine.engine.memory import kv_blocks
 from pyengine.errors import ConfigError

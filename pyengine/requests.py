@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyengine.codec import Codec
-from pyengine.decoding.params import GenerationDefaults, SamplingParams, derived_seed, params_of_each
+from pyengine.decoding.params import SamplingParams, derived_seed, params_of_each
+from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
 from pyengine.engine.scheduler import BLOCK_TOKENS
@@ -90,15 +91,24 @@ class RequestMaker:
         """A request that is known to fit."""
         codec = self._codec
         ids = codec.encode_prompt(prompt)
-        if params.truncate_prompt_tokens is not None:
-            ids = ids[-params.truncate_prompt_tokens :]
+        text = prompt if isinstance(prompt, str) else None
+        if params.truncate_prompt_tokens is not None and params.truncate_prompt_tokens < len(ids):
+            ids, text = ids[-params.truncate_prompt_tokens :], None
+        if params.echo and text is None:
+            text = codec.decode(ids)
         number = next(self._numbers)
         resolved = self._defaults.resolve(
             params,
             prompt_tokens=len(ids),
             max_model_len=self._engine.max_model_len,
             seed=self._next_seed(),
+            vocabulary=codec,
         )
+        if stream and resolved.num_returned is not None:
+            raise RequestError(
+                f"best_of={params.best_of} with n={params.n}: which samples are the best is known at their "
+                "end only, so they cannot be streamed; use generate, or best_of equal to n"
+            )
         request = Generation(
             f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
             number,
@@ -106,6 +116,7 @@ class RequestMaker:
             ids,
             resolved,
             None if codec.tokenizer is None else codec,
+            echo=(text or "") if params.echo else "",
             priority=priority,
             stream=stream,
         )

@@ -2,266 +2,275 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any
 
-from pyengine.errors import ConfigError, RequestError
+from pyengine.decoding import checks
+from pyengine.errors import RequestError
 
-DEFAULT_MAX_TOKENS = 128
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 MAX_SAMPLES = 4096
 MAX_LOGPROBS = 64  # score_rows and the sampler keep at most this many best tokens (csrc/ops/ops.h)
 MAX_SEED = 2**64 - 1
 # The sampler computes in float32, where a smaller temperature would be 0 (greedy) and a larger one infinite.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
-# Fields of generation_config.json -> of SamplingParams.
-_FIELDS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
+# Called with the token ids so far (n,) and the logits (V,), which it edits in place, or returns others.
+LogitsProcessor = Callable[["npt.NDArray[np.int32]", "npt.NDArray[np.float32]"], Any]
+
+# transformers' name -> the field, of those that mean the same.
+ALIASES = {
     "max_new_tokens": "max_tokens",
-    "max_length": "max_length",
-    "eos_token_id": "stop_token_ids",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "stop_strings": "stop",
+    "sequence_bias": "logit_bias",
 }
-# Fields of generation_config.json that would change the tokens, with the values that mean "off".
-_UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "repetition_penalty": (1.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0.0,),
-    "penalty_alpha": (0.0,),
-    "guidance_scale": (1.0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "min_p": (0.0,),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "bad_words_ids": (),
-    "force_words_ids": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "sequence_bias": (),
-    "exponential_decay_length_penalty": (),
-    "watermarking_config": (),
-    "stop_strings": (),
-}
+_CUT_OFFS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. ``None`` means: what the checkpoint's generation_config.json says,
-    otherwise the default in brackets.
+    otherwise the default in brackets. docs/decoding.md has the formulas and the order of application.
 
     n: samples per prompt; they share the prompt's part of the KV cache.
+    best_of: samples that are made, of which the n likeliest (sum of log-probabilities) are returned [n].
     max_tokens: new tokens at most [128].
     max_length: tokens at most, the prompt's included; excludes ``max_tokens``.
+    min_tokens: new tokens before EOS, ``stop_token_ids`` or ``stop`` may end the text [0].
+    min_length: the same, the prompt's tokens included; excludes ``min_tokens``.
+
+    logit_bias: token id -> what is added to its logit; a tuple of ids -> to the last one's after the others.
+    allowed_token_ids: no other token may come.
+    repetition_penalty: above 0; tokens of the prompt and the text: positive logits are divided by it, others
+        multiplied [1.0].
+    presence_penalty: -2 to 2; subtracted from the logits of tokens of the text (not the prompt) [0.0].
+    frequency_penalty: -2 to 2; the same, times how often the token was generated [0.0].
+    no_repeat_ngram_size: no sequence of so many tokens comes twice; 0: off [0].
+    bad_words: texts that must not come, each also after a space.
+    bad_words_ids: the same as lists of token ids.
+    suppress_tokens: token ids that must not come.
+    logits_processors: functions (token_ids, logits) -> logits or None: NumPy arrays of all tokens so far (n,)
+        and of the logits (V,), which may be edited in place. Called in the engine's thread.
+
     temperature: 0 is greedy [1.0; greedy where generation_config.json has ``do_sample: false``].
     top_k: sample among the k likeliest tokens; 0 or -1: among all [0].
     top_p: sample among the likeliest tokens that together reach this probability, in (0, 1] [1.0].
+    min_p: drop tokens below this share of the likeliest one's probability, 0 to 1 [0.0].
+    typical_p: keep the tokens of most average surprise that together reach this, in (0, 1] [1.0].
+    epsilon_cutoff: drop tokens less probable than this, 0 to 1 [0.0].
+    eta_cutoff: the same with a bound that sinks as entropy rises, 0 to 1 [0.0].
+    mirostat: 2 steers the surprise of the text instead of all cuts above; 0: off.
+    mirostat_tau, mirostat_eta: the surprise in bits to aim at, and the rate of adapting.
     seed: 0 to 2**64 - 1; the same seed gives the same tokens, in any batch [a fresh one, reported in
         the output; derived from the seed of the ``LLM`` if that has one].
+
     stop: strings that end the text; the text is cut before them.
+    include_stop_str_in_output: the text is cut after them.
     stop_token_ids: ids that end the text, like EOS.
+    eos_token_id: the EOS of this request, or several [the checkpoint's].
     ignore_eos: go on after an EOS token.
     logprobs: report the log-probability of each token, and of the n best ones, 0 to 64.
+    prompt_logprobs: the same for the tokens of the prompt.
     skip_special_tokens: leave special tokens out of the text.
+    echo: the text begins with the prompt.
     truncate_prompt_tokens: keep only the last k tokens of the prompt.
+
+    transformers' names are taken as well, where they mean the same: max_new_tokens, min_new_tokens,
+    num_return_sequences, stop_strings, sequence_bias; ``do_sample=False`` is ``temperature=0``.
 
     Raises RequestError naming the field, its value and what is allowed.
     """
 
     n: int = 1
+    best_of: int | None = None
     max_tokens: int | None = None
     max_length: int | None = None
+    min_tokens: int | None = None
+    min_length: int | None = None
+    logit_bias: Mapping[Any, float] | Sequence[Any] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int | None = None
+    bad_words: str | Sequence[str] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    epsilon_cutoff: float | None = None
+    eta_cutoff: float | None = None
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
+    include_stop_str_in_output: bool = False
     stop_token_ids: list[int] | tuple[int, ...] | None = None
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    echo: bool = False
     truncate_prompt_tokens: int | None = None
+    max_new_tokens: InitVar[int | None] = None
+    min_new_tokens: InitVar[int | None] = None
+    num_return_sequences: InitVar[int | None] = None
+    stop_strings: InitVar[str | list[str] | None] = None
+    sequence_bias: InitVar[Any] = None
+    do_sample: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
-        _check_int("n", self.n, 1, MAX_SAMPLES)
+    def __post_init__(
+        self,
+        max_new_tokens: int | None,
+        min_new_tokens: int | None,
+        num_return_sequences: int | None,
+        stop_strings: str | list[str] | None,
+        sequence_bias: Any,
+        do_sample: bool | None,
+    ) -> None:
+        given = (max_new_tokens, min_new_tokens, num_return_sequences, stop_strings, sequence_bias)
+        for (alias, field), value in zip(ALIASES.items(), given, strict=True):
+            self._take_alias(alias, field, value)
+        self._take_do_sample(do_sample)
+        self._check_lengths()
+        self._check_edits()
+        self._check_draw()
+        self._check_output()
+        self._check_together()
+
+    def _take_alias(self, alias: str, field: str, value: Any) -> None:
+        if value is None:
+            return
+        own, unset = getattr(self, field), type(self).__dataclass_fields__[field].default
+        if own != unset and own != value:
+            raise RequestError(f"{alias}={value!r} and {field}={own!r} are one setting: give one of them")
+        object.__setattr__(self, field, value)
+
+    def _take_do_sample(self, do_sample: bool | None) -> None:
+        if do_sample is None:
+            return
+        checks.check_bool("do_sample", do_sample)
+        if self.temperature is None:
+            if not do_sample:
+                object.__setattr__(self, "temperature", 0.0)
+            return
+        if do_sample != (self.temperature != 0):
+            raise RequestError(
+                f"do_sample={do_sample} and temperature={self.temperature} contradict each other: "
+                "temperature 0 is greedy, every other one samples"
+            )
+
+    def _check_lengths(self) -> None:
+        checks.check_int("n", self.n, 1, MAX_SAMPLES)
+        if self.best_of is not None:
+            checks.check_int("best_of", self.best_of, self.n, MAX_SAMPLES)
         for field in ("max_tokens", "max_length", "truncate_prompt_tokens"):
             if getattr(self, field) is not None:
-                _check_int(field, getattr(self, field), 1, 2**31 - 1)
-        if self.max_tokens is not None and self.max_length is not None:
-            raise RequestError(
-                f"max_tokens={self.max_tokens} and max_length={self.max_length} contradict each other: "
-                "give max_tokens (new tokens) or max_length (prompt and new tokens together)"
-            )
+                checks.check_int(field, getattr(self, field), 1)
+        for field in ("min_tokens", "min_length"):
+            if getattr(self, field) is not None:
+                checks.check_int(field, getattr(self, field), 0)
+
+    def _check_edits(self) -> None:
+        checks.biases("logit_bias", self.logit_bias)
+        if self.allowed_token_ids is not None:
+            if not checks.token_ids("allowed_token_ids", self.allowed_token_ids):
+                raise RequestError("allowed_token_ids=[]: must name one token at least")
+        if self.repetition_penalty is not None:
+            allowed = "a number above 0 and up to 1e30"
+            checks.check_float("repetition_penalty", self.repetition_penalty, 1e-30, 1e30, allowed)
+        for field in ("presence_penalty", "frequency_penalty"):
+            checks.check_float(field, getattr(self, field), -2, 2)
+        if self.no_repeat_ngram_size is not None:
+            checks.check_int("no_repeat_ngram_size", self.no_repeat_ngram_size, 0)
+        checks.strings("bad_words", self.bad_words)
+        checks.token_sequences("bad_words_ids", self.bad_words_ids)
+        checks.token_ids("suppress_tokens", self.suppress_tokens)
+        processors = self.logits_processors
+        if processors is not None and (
+            not isinstance(processors, (list, tuple)) or not all(callable(each) for each in processors)
+        ):
+            raise RequestError(f"logits_processors={processors!r}: must be a list of functions")
+
+    def _check_draw(self) -> None:
         if self.temperature is not None:
             is_zero = type(self.temperature) in (int, float) and self.temperature == 0
             if not is_zero:
                 allowed = "0, or a positive number that float32 can hold"
-                _check_float("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, allowed)
-        if self.top_p is not None:
-            _check_float("top_p", self.top_p, 2.0**-1074, 1.0, "a number above 0 and up to 1")
+                checks.check_float("temperature", self.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE, allowed)
         if self.top_k is not None:
-            _check_int("top_k", self.top_k, -1, 2**31 - 1)
+            checks.check_int("top_k", self.top_k, -1)
+        for field in ("top_p", "typical_p"):
+            if getattr(self, field) is not None:
+                allowed = "a number above 0 and up to 1"
+                checks.check_float(field, getattr(self, field), 2.0**-1074, 1.0, allowed)
+        for field in ("min_p", "epsilon_cutoff", "eta_cutoff"):
+            if getattr(self, field) is not None:
+                checks.check_float(field, getattr(self, field), 0, 1)
+        if not checks.is_int(self.mirostat) or self.mirostat not in (0, 2):
+            raise RequestError(f"mirostat={self.mirostat!r}: must be 0 (off) or 2 (Mirostat 2)")
+        for field in ("mirostat_tau", "mirostat_eta"):
+            allowed = "a number above 0 and up to 1000"
+            checks.check_float(field, getattr(self, field), 1e-30, 1000, allowed)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        for field in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(getattr(self, field), bool):
-                raise RequestError(f"{field}={getattr(self, field)!r}: must be True or False")
-        if not isinstance(self.stop, (str, list, tuple, type(None))):
-            raise RequestError(f"stop={self.stop!r}: must be a string or a list of strings")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise RequestError(
-                    f"stop={self.stop!r}: every entry must be a string of one character or more"
-                )
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise RequestError(
-                    f"stop={text!r}: a lone surrogate (from bytes that are not UTF-8?) is in no text"
-                )
-        if not isinstance(self.stop_token_ids, (list, tuple, type(None))):
-            raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: must be a list of token ids")
-        if any(not _is_int(token, 0, 2**31 - 1) for token in self.stop_token_ids or ()):
+            checks.check_int("seed", self.seed, 0, MAX_SEED)
+
+    def _check_output(self) -> None:
+        for field in ("logprobs", "prompt_logprobs"):
+            if getattr(self, field) is not None:
+                checks.check_int(field, getattr(self, field), 0, MAX_LOGPROBS)
+        for field in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "echo"):
+            checks.check_bool(field, getattr(self, field))
+        checks.strings("stop", self.stop)
+        checks.token_ids("stop_token_ids", self.stop_token_ids)
+        if self.eos_token_id is not None and not checks.is_int(self.eos_token_id):
+            checks.token_ids("eos_token_id", self.eos_token_id)
+
+    def _check_together(self) -> None:
+        def refuse(first: str, second: str, why: str) -> None:
             raise RequestError(
-                f"stop_token_ids={self.stop_token_ids!r}: entries must be integers from 0 to {2**31 - 1}"
+                f"{first}={getattr(self, first)} and {second}={getattr(self, second)} contradict each "
+                f"other: {why}"
             )
-        if self.n > 1 and self.temperature == 0:
+
+        if self.max_tokens is not None and self.max_length is not None:
+            refuse("max_tokens", "max_length", "give max_tokens (new tokens) or max_length (prompt and new "
+                   "tokens together)")  # fmt: skip
+        if self.min_tokens is not None and self.min_length is not None:
+            refuse("min_tokens", "min_length", "give min_tokens (new tokens) or min_length (prompt and new "
+                   "tokens together)")  # fmt: skip
+        if self.min_tokens is not None and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            refuse("min_tokens", "max_tokens", f"min_tokens must be from 0 to {self.max_tokens}")
+        if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
+            refuse("min_length", "max_length", f"min_length must be from 0 to {self.max_length}")
+        count, field = (self.n, "n") if self.best_of is None else (self.best_of, "best_of")
+        if count > 1 and self.temperature == 0:
             raise RequestError(
-                f"n={self.n} with temperature=0: greedy decoding gives {self.n} times the same text; "
-                "set n=1, or a temperature above 0"
+                f"{field}={count} with temperature=0: greedy decoding gives {count} times the same text; "
+                f"set {field}=1, or a temperature above 0"
             )
+        if self.mirostat:
+            if self.temperature == 0:
+                refuse("mirostat", "temperature", "greedy decoding draws nothing that it could steer")
+            for cut in _CUT_OFFS:
+                if getattr(self, cut) is not None:
+                    refuse("mirostat", cut, "Mirostat takes the place of all cut-offs")
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-@dataclass(frozen=True)
-class ResolvedParams:
-    """Parameters of one request with every default filled in; what the engine works with."""
-
-    n: int
-    max_length: int  # tokens at most, the prompt's included; never above the context
-    temperature: float
-    top_k: int  # 0: all
-    top_p: float
-    seed: int
-    stop: tuple[str, ...]
-    stop_ids: frozenset[int]  # EOS (unless ignored) and stop_token_ids
-    logprobs: int  # -1: none
-    skip_special_tokens: bool
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What a checkpoint says about sampling where the caller does not."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    max_tokens: int | None = None
-    max_length: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
-    unsupported: tuple[str, ...] = ()  # "field=value" of settings that pyengine does not apply
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Mapping[str, Any],
-        eos_token_id: int | tuple[int, ...] | None = None,
-        source: str = "generation_config.json",
-    ) -> GenerationDefaults:
-        """``config``: generation_config.json, called ``source`` in errors; ``eos_token_id``: used where that
-        names none. ConfigError names the field and its value."""
-        values = dict(config)
-        if values.get("eos_token_id") is None:
-            values["eos_token_id"] = eos_token_id
-        eos = values["eos_token_id"]
-        if eos is not None and not isinstance(eos, (list, tuple)):
-            values["eos_token_id"] = [eos]
-        known: dict[str, Any] = {}
-        for field, ours in _FIELDS.items():
-            given: dict[str, Any] = {ours: values.get(field)}
-            try:
-                known[ours] = getattr(SamplingParams(**given), ours)
-            except RequestError as error:
-                raise ConfigError(f"{source}: {str(error).replace(ours, field, 1)}") from error
-        do_sample = config.get("do_sample")
-        if do_sample is not None and not isinstance(do_sample, bool):
-            raise ConfigError(f"{source}: do_sample={do_sample!r}: must be true or false")
-        # transformers samples only with do_sample: true; here only an explicit false is greedy.
-        temperature = 1.0 if known["temperature"] is None else float(known["temperature"])
-        return cls(
-            temperature=0.0 if do_sample is False else temperature,
-            top_k=max(known["top_k"] or 0, 0),
-            top_p=1.0 if known["top_p"] is None else float(known["top_p"]),
-            max_tokens=known["max_tokens"],
-            max_length=known["max_length"],
-            eos_token_ids=tuple(known["stop_token_ids"] or ()),
-            unsupported=tuple(
-                f"{field}={config[field]!r}"
-                for field, off in _UNSUPPORTED.items()
-                if config.get(field) is not None and config[field] not in off
-            ),
-        )
-
-    def resolve(
-        self, params: SamplingParams, *, prompt_tokens: int, max_model_len: int, seed: int
-    ) -> ResolvedParams:
-        """Fill in what ``params`` leaves open. ``seed`` is used where ``params`` has none.
-
-        Raises RequestError if the prompt leaves no room for a new token.
-        """
-        if prompt_tokens >= max_model_len:
-            raise RequestError(
-                f"the prompt has {prompt_tokens} tokens, and the context holds {max_model_len}, prompt and "
-                f"new tokens together: shorten it, or set truncate_prompt_tokens to {max_model_len - 1}"
-            )
-        temperature = self.temperature if params.temperature is None else float(params.temperature)
-        if params.n > 1 and temperature == 0:
-            raise RequestError(
-                f"n={params.n}, but this checkpoint's generation_config.json says do_sample: false "
-                f"(greedy), which gives {params.n} times the same text: set a temperature above 0"
-            )
-        eos = () if params.ignore_eos else self.eos_token_ids
-        return ResolvedParams(
-            n=params.n,
-            max_length=min(self._max_length(params, prompt_tokens), max_model_len),
-            temperature=temperature,
-            top_k=self.top_k if params.top_k is None else max(params.top_k, 0),
-            top_p=self.top_p if params.top_p is None else float(params.top_p),
-            seed=seed if params.seed is None else params.seed,
-            stop=params.stop_strings,
-            stop_ids=frozenset((*eos, *(params.stop_token_ids or ()))),
-            logprobs=-1 if params.logprobs is None else params.logprobs,
-            skip_special_tokens=params.skip_special_tokens,
-        )
-
-    def _max_length(self, params: SamplingParams, prompt_tokens: int) -> int:
-        if params.max_length is not None:
-            if params.max_length <= prompt_tokens:
-                raise RequestError(
-                    f"max_length={params.max_length} counts the prompt, which has {prompt_tokens} tokens: "
-                    f"set it to {prompt_tokens + 1} or more, or use max_tokens"
-                )
-            return params.max_length
-        if params.max_tokens is not None:
-            return prompt_tokens + params.max_tokens
-        if self.max_tokens is not None:
-            return prompt_tokens + self.max_tokens
-        if self.max_length is not None and self.max_length > prompt_tokens:
-            return self.max_length
-        return prompt_tokens + DEFAULT_MAX_TOKENS
+    def stop_texts(self) -> tuple[str, ...]:
+        return checks.strings("stop", self.stop)
 
 
 def params_of_each(params: Any, count: int) -> list[SamplingParams]:
@@ -284,17 +293,3 @@ def derived_seed(seed: int, number: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MAX_SEED
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MAX_SEED
     return (z ^ (z >> 31)) >> 1
-
-
-def _is_int(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _check_int(field: str, value: object, low: int, high: int) -> None:
-    if not _is_int(value, low, high):
-        raise RequestError(f"{field}={value!r}: must be an integer from {low} to {high}")
-
-
-def _check_float(field: str, value: object, low: float, high: float, allowed: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(f"{field}={value!r}: must be {allowed}")

@@ -127,15 +127,14 @@ class Engine:
             else:
                 tokens.extend(seq.token_ids[begin:end])
                 positions.extend(self._positions[begin:end])
-            if isinstance(seq, Window):
-                slots.append(-1)
-                num_scored.append(max(0, end - max(begin, seq.next_target - 1)))  # rows with a target
-                score_rows.extend(range(len(tokens) - num_scored[-1], len(tokens)))
-                targets.extend(seq.token_ids[end + 1 - num_scored[-1] : end + 1])
-                top_n = max(top_n, seq.request.top_n)
-            else:
-                slots.append(seq.slot if end == seq.num_inputs else -1)
-                num_scored.append(0)
+            slots.append(seq.slot if seq.draws and end == seq.num_inputs else -1)
+            first, last = seq.targets
+            if first < last:
+                first, last = max(first, begin + 1), min(last, end + 1)  # each is scored by the row before it
+                score_rows.extend(range(len(tokens) - end - 1 + first, len(tokens) - end - 1 + last))
+                targets.extend(seq.token_ids[first:last])
+                top_n = max(top_n, seq.top_n)
+            num_scored.append(max(0, last - first))
             query_start.append(len(tokens))
             context_len.append(end)
             block_table.extend(seq.blocks)
@@ -155,6 +154,8 @@ class Engine:
             if seq.slot < 0:
                 continue  # it shares blocks with one that failed, or is of the same request
             if len(scheduled) > 1:
+                seq.is_set_up = False  # its slot may have gone on already
+                self._set_up([entry], time.perf_counter())
                 try:
                     ran = self._run([entry], copies)
                 except Exception as own_error:
@@ -177,19 +178,21 @@ class Engine:
         for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
             request = seq.request
             row += slot >= 0
-            if not seq.draws:
-                assert isinstance(seq, Window)
+            if num_rows:
                 if scores is None:
                     scores, score_tops = result.scores, result.score_tops
                 rows = slice(score_row, score_row + num_rows)
                 score_row += num_rows
                 if request.error is None:
-                    self._take_scores(seq, count, scores[rows], score_tops[rows])
+                    self._take_scores(seq, scores[rows], score_tops[rows])
+            if request.error is not None:
+                continue  # given up just now, with another of its samples
+            if not seq.draws:
+                assert isinstance(seq, Window)
+                self._advance(seq, count)
                 continue
             if TYPE_CHECKING:
                 assert isinstance(seq, Sample)
-            if request.error is not None:
-                continue  # given up just now, with another of its samples
             is_prompt = seq.num_computed < seq.num_prompt
             seq.num_computed += count
             if is_prompt:
@@ -198,12 +201,14 @@ class Engine:
                 continue
             token = sampled[row]
             if token < 0:
-                self.give_up(request, _not_finite(request, "logits", len(seq.token_ids) - 1))
+                self.give_up(request, self._why_no_token(seq, token))
                 continue
             if is_prompt and seq.index == 0 and len(seq.token_ids) == seq.num_prompt:
                 if len(seq.request.sequences) > 1:
                     self.scheduler.start_samples(seq.request)
-            if seq.request.params.logprobs >= 0:
+            if seq.request.uses_mirostat:
+                seq.mirostat_mu = result.mirostat_mu[row]
+            if seq.request.keeps_logprobs:
                 if logprobs is None:
                     logprobs, top_logprobs = result.logprobs, result.top_logprobs
                 seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
@@ -222,25 +227,50 @@ class Engine:
                 self.give_up(request, _named(request, error))
 
     def _take_scores(
-        self, window: Window, count: int, logprobs: list[float], tops: list[list[tuple[int, float]]]
+        self, seq: Sequence, logprobs: list[float], tops: list[list[tuple[int, float]]]
     ) -> None:
-        request = window.request
+        first, top_n, request = seq.targets[0], seq.top_n, seq.request
         for offset, value in enumerate(logprobs):
             if value != value:  # NaN
-                position = window.next_target + offset - 1
-                self.give_up(request, _not_finite(request, f"logits of window {window.index}", position))
+                where = f"logits of window {seq.index}" if isinstance(seq, Window) else "logits"
+                self.give_up(request, _not_finite(request, where, first + offset - 1))
                 return
+        self.counters.scored_tokens += len(logprobs)
+        if isinstance(seq, Window):
+            seq.logprobs.extend(logprobs)
+            if top_n:
+                seq.top_logprobs.extend([top[:top_n] for top in tops])
+            return
+        assert isinstance(seq, Sample)
+        for offset, (value, top) in enumerate(zip(logprobs, tops, strict=True)):
+            seq.prompt_logprobs.append((seq.token_ids[first + offset], value, top[:top_n]))
+
+    def _advance(self, window: Window, count: int) -> None:
         window.num_computed += count
         self.counters.prompt_tokens += count
-        self.counters.scored_tokens += len(logprobs)
-        window.logprobs.extend(logprobs)
-        if request.top_n:
-            window.top_logprobs.extend([top[: request.top_n] for top in tops])
         if window.num_computed == window.num_inputs:
             window.finish("length")
             self.scheduler.release(window)
-            if request.finished:
-                self._remove(request)
+            if window.request.finished:
+                self._remove(window.request)
+
+    def _why_no_token(self, seq: Sample, token: int) -> Exception:
+        """What the sampler's negative numbers say (csrc/sampling/sampler.h)."""
+        position, request = len(seq.token_ids), seq.request
+        if token == -2:
+            return RequestError(
+                f"request {request.id}: nothing may follow its token {position - 1}: allowed_token_ids, "
+                "bad_words, no_repeat_ngram_size, min_tokens, a constraint and the logits processors "
+                "together forbid every token that the model could say"
+            )
+        if token == -3:
+            error = self.core.sampler.take_error(seq.slot)
+            if not isinstance(error, Exception):
+                raise error
+            named = RequestError(f"request {request.id}: its logits processor failed: {error!r}")
+            named.__cause__ = error
+            return named
+        return _not_finite(request, "logits", position - 1)
 
     def _set_up(self, scheduled: Scheduled, now: float) -> None:
         """Hand the parameters of newcomers to the sampler; a request whose parameters it refuses ends."""
@@ -250,16 +280,14 @@ class Engine:
             request = seq.request
             if isinstance(request, Generation):
                 params = request.params
+                arguments = params.sampler_arguments
+                if params.sampler:
+                    arguments.update(token_ids=seq.token_ids, num_prompt=seq.num_prompt)
+                if request.uses_mirostat:
+                    assert isinstance(seq, Sample)
+                    arguments["mirostat_mu"] = seq.mirostat_mu
                 try:
-                    self.core.sampler.set(
-                        seq.slot,
-                        temperature=params.temperature,
-                        top_k=params.top_k,
-                        top_p=params.top_p,
-                        seed=params.seed,
-                        sample_index=seq.index,
-                        logprobs=params.logprobs,
-                    )
+                    self.core.sampler.set(seq.slot, sample_index=seq.index, **arguments)
                 except Exception as error:
                     self.scheduler.abandon(seq)
                     self.give_up(request, _named(request, error))

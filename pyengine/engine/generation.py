@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import abc
 
-from pyengine.decoding.params import ResolvedParams
+from pyengine.decoding.resolve import ResolvedParams
 from pyengine.engine.request import Mailbox, Request, Sequence, TokenLogprobs
 from pyengine.engine.text import Codec, TextStream
 from pyengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamDelta
@@ -14,7 +14,7 @@ from pyengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 class Sample(Sequence):
     """One of the ``n`` continuations. ``token_ids`` are the prompt's and the new ones, in one array."""
 
-    __slots__ = ("logprobs", "num_reported", "stop_reason", "text")
+    __slots__ = ("logprobs", "mirostat_mu", "num_reported", "prompt_logprobs", "stop_reason", "text")
     request: Generation
     draws = True
 
@@ -22,13 +22,29 @@ class Sample(Sequence):
         super().__init__(request, index, request.prompt_ids[:], len(request.prompt_ids))
         self.stop_reason: str | int | None = None
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on
+        self.mirostat_mu: float | None = None  # what Mirostat goes on with after preemption
         self.num_reported = 0  # new tokens that deltas have reported
         params = request.params
         self.text: TextStream | None = None
         if request.codec is not None:
             self.text = TextStream(
-                request.codec.detokenizer(request.prompt_ids, params.skip_special_tokens), params.stop
+                request.codec.detokenizer(request.prompt_ids, params.skip_special_tokens),
+                params.stop,
+                include_stop=params.include_stop,
+                text=request.echo,
             )
+
+    @property
+    def targets(self) -> tuple[int, int]:
+        """The tokens of the prompt, where they are asked for: the first sample finds them for all."""
+        if self.request.params.prompt_logprobs < 0 or self.index > 0:
+            return 0, 0
+        return 1 + len(self.prompt_logprobs), self.num_prompt
+
+    @property
+    def top_n(self) -> int:
+        return max(self.request.params.prompt_logprobs, 0)
 
     @property
     def waits(self) -> bool:
@@ -50,10 +66,13 @@ class Sample(Sequence):
         if now != request.last_token:
             request.count_token(now)
         if token in params.stop_ids:
-            self.finish("stop", token)  # without the text of the token itself
+            if params.include_stop and self.text is not None and request.needs_text:
+                self.text.append((token,), may_stop=False)
+            self.finish("stop", token)
             return
         if self.text is not None and request.needs_text:
-            stop = self.text.append((token,))
+            may_stop = len(self.token_ids) - self.num_prompt > params.min_tokens
+            stop = self.text.append((token,), may_stop=may_stop)
             if stop is not None:
                 self.finish("stop", stop)
                 return
@@ -68,7 +87,8 @@ class Sample(Sequence):
         if not self.request.needs_text:  # all at once, now
             new = self.new_token_ids
             ends_in_stop_id = reason == "stop" and isinstance(stop_reason, int)
-            self.text.append(new[:-1] if ends_in_stop_id else new)
+            without_it = ends_in_stop_id and not self.request.params.include_stop
+            self.text.append(new[:-1] if without_it else new)
         stop = self.text.finish()
         if stop is not None and reason != "abort":
             self.finish_reason, self.stop_reason = "stop", stop
@@ -92,11 +112,15 @@ class Generation(Request):
         params: ResolvedParams,
         codec: Codec | None = None,
         *,
+        echo: str = "",
         priority: int = 0,
         stream: bool = False,
         mailbox: Mailbox | None = None,
     ) -> None:
         super().__init__(request_id, number, priority, mailbox)
+        self.echo = echo  # what its texts begin with
+        self.keeps_logprobs = params.logprobs >= 0 or params.num_returned is not None
+        self.uses_mirostat = "mirostat_tau" in params.sampler
         self.prompt = prompt
         self.prompt_ids = prompt_ids
         self.params = params
@@ -162,19 +186,32 @@ class Generation(Request):
             request_id=self.id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_ids.tolist(),
-            outputs=[self._completion(seq) for seq in self.sequences],
+            outputs=[self._completion(seq, index) for index, seq in enumerate(self._returned())],
+            prompt_logprobs=self._prompt_logprobs(),
             finished=self.finished,
             metrics=self._metrics(),
         )
 
-    def _completion(self, seq: Sample) -> CompletionOutput:
+    def _returned(self) -> list[Sample]:
+        """All samples, or the likeliest ones, best first."""
+        if self.params.num_returned is None:
+            return self.sequences
+        ranked = sorted(self.sequences, key=lambda seq: -_total(seq.logprobs))
+        return ranked[: self.params.num_returned]
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        if self.params.prompt_logprobs < 0:
+            return None
+        return [None, *self._logprobs(self.sequences[0].prompt_logprobs)]
+
+    def _completion(self, seq: Sample, index: int) -> CompletionOutput:
         wanted = self.params.logprobs >= 0
         return CompletionOutput(
-            index=seq.index,
+            index=index,
             text="" if seq.text is None else seq.text.text,
             token_ids=seq.new_token_ids.tolist(),
             logprobs=self._logprobs(seq.logprobs) if wanted else None,
-            cumulative_logprob=sum(entry[1] for entry in seq.logprobs) if wanted else None,
+            cumulative_logprob=_total(seq.logprobs) if self.keeps_logprobs else None,
             finish_reason=seq.finish_reason,
             stop_reason=seq.stop_reason,
             seed=self.params.seed,
@@ -209,3 +246,7 @@ class Generation(Request):
             inter_token_latency=mean_gap,
             max_inter_token_latency=self.longest_gap,
         )
+
+
+def _total(entries: abc.Sequence[TokenLogprobs]) -> float:
+    return sum(entry[1] for entry in entries)

@@ -63,7 +63,19 @@ class Sequence:
 
     def matchable(self) -> array[int]:
         """Tokens of which all but the last may be found in the prefix cache instead of being computed."""
-        return self.token_ids
+        first, last = self.targets
+        return self.token_ids[:first] if first < last else self.token_ids
+
+    @property
+    def targets(self) -> tuple[int, int]:
+        """[first, last): the tokens whose log-probability is still to be found. Each is scored by the row
+        before it."""
+        return 0, 0
+
+    @property
+    def top_n(self) -> int:
+        """Also the best tokens at each of those places."""
+        return 0
 
     @property
     def waits(self) -> bool:

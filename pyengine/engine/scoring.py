@@ -24,12 +24,13 @@ class Window(Sequence):
         self.top_logprobs: list[list[tuple[int, float]]] = []  # best first
 
     @property
-    def next_target(self) -> int:
+    def targets(self) -> tuple[int, int]:
         """What is scored stays scored when the window loses its blocks."""
-        return self.first + len(self.logprobs)
+        return self.first + len(self.logprobs), len(self.token_ids)
 
-    def matchable(self) -> array[int]:
-        return self.token_ids[: self.next_target]  # the row before the next target has to run
+    @property
+    def top_n(self) -> int:
+        return self.request.top_n
 
 
 class Scoring(Request):

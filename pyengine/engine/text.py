@@ -29,14 +29,22 @@ class TextStream:
         "_finished",
         "_firsts",
         "_lasts",
+        "_include_stop",
         "_overlap",
+        "_searched_from",
         "_shown",
         "_stop",
         "text",
     )
 
-    def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
-        self.text = ""
+    def __init__(
+        self, detokenizer: Detokenizer, stop: tuple[str, ...], *, include_stop: bool = False, text: str = ""
+    ) -> None:
+        """``include_stop``: the text is cut after a stop string, not before it. ``text``: what it begins
+        with, in which no stop string is looked for."""
+        self.text = text
+        self._searched_from = len(text)
+        self._include_stop = include_stop
         self._detokenizer = detokenizer
         self._stop = stop
         self._overlap = max(map(len, stop), default=1) - 1  # characters of a stop string already here
@@ -50,9 +58,10 @@ class TextStream:
         self._shown = 0
         self._finished = False
 
-    def append(self, ids: abc.Sequence[int]) -> str | None:
-        """Add tokens; the stop string that ends the text, which is cut before it, or None."""
-        return self._extend(self._detokenizer.append(ids))
+    def append(self, ids: abc.Sequence[int], *, may_stop: bool = True) -> str | None:
+        """Add tokens; the stop string that ends the text, which is cut there, or None. Text that comes with
+        ``may_stop`` false is no part of a stop string."""
+        return self._extend(self._detokenizer.append(ids), may_stop)
 
     def finish(self) -> str | None:
         """No more tokens: incomplete characters come out as they are. May complete a stop string."""
@@ -85,23 +94,26 @@ class TextStream:
                 return len(beginnings[0])
         return 0
 
-    def _extend(self, piece: str) -> str | None:
+    def _extend(self, piece: str, may_stop: bool = True) -> str | None:
         if not piece or self._finished:
             return None
         before = self.text
         self.text = before + piece
+        if not may_stop:
+            self._searched_from = len(self.text)
+            return None
         for last in self._lasts:
             if last in piece:
-                return self._find_stop(max(0, len(before) - self._overlap))
+                return self._find_stop(max(self._searched_from, len(before) - self._overlap))
         return None
 
     def _find_stop(self, start: int) -> str | None:
-        """The stop string that is complete from ``start`` on; the text is cut before it."""
+        """The stop string that is complete from ``start`` on; the text is cut there."""
         hits = [(at, s) for s in self._stop if (at := self.text.find(s, start)) >= 0]
         if not hits:
             return None
         # The one that is complete first, the longest of those that are: as if it came by single characters.
         at, stop = min(hits, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-        self.text = self.text[:at]
+        self.text = self.text[: at + len(stop) if self._include_stop else at]
         self._finished = True
         return stop

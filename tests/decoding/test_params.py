@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pyengine.decoding.params import GenerationDefaults, SamplingParams
+from pyengine.decoding.params import SamplingParams
+from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.errors import ConfigError, RequestError
 
 
@@ -76,7 +79,7 @@ def resolve(config: dict[str, Any] | None = None, prompt_tokens: int = 10, **fie
 
 def test_defaults_without_generation_config() -> None:
     params = resolve()
-    assert (params.temperature, params.top_k, params.top_p, params.max_length) == (1.0, 0, 1.0, 138)
+    assert (params.temperature, params.max_length, params.sampler) == (1.0, 138, {})
     assert (params.seed, params.logprobs, params.stop, params.stop_ids) == (77, -1, (), {49})
 
 
@@ -92,19 +95,13 @@ def test_defaults_without_generation_config() -> None:
 )
 def test_generation_config_fills_in(config: dict[str, Any], expected: tuple[float, int, float]) -> None:
     params = resolve(config)
-    assert (params.temperature, params.top_k, params.top_p) == expected
+    assert (params.temperature, params.sampler.get("top_k", 0), params.sampler.get("top_p", 1.0)) == expected
 
 
 def test_what_is_given_wins_over_generation_config() -> None:
     config = {"do_sample": False, "top_k": 40, "top_p": 0.5, "max_new_tokens": 3}
     params = resolve(config, temperature=0.6, top_k=0, top_p=1.0, max_tokens=9, seed=5)
-    assert (params.temperature, params.top_k, params.top_p, params.max_length, params.seed) == (
-        0.6,
-        0,
-        1.0,
-        19,
-        5,
-    )
+    assert (params.temperature, params.max_length, params.seed, params.sampler) == (0.6, 19, 5, {})
 
 
 @pytest.mark.parametrize(
@@ -167,17 +164,177 @@ def test_damaged_generation_config(config: dict[str, Any]) -> None:
 
 def test_settings_that_are_not_applied_are_named() -> None:
     config = {
-        "repetition_penalty": 1.2,
-        "num_beams": 1,
-        "no_repeat_ngram_size": 0,
-        "min_length": 5,
+        "encoder_repetition_penalty": 1.2,
+        "num_beams": 4,
+        "encoder_no_repeat_ngram_size": 0,
         "top_k": 3,
         "guidance_scale": 1,
         "diversity_penalty": 0.0,
-        "stop_strings": "end",
+        "forced_eos_token_id": 5,
     }
     assert GenerationDefaults.from_config(config).unsupported == (
-        "repetition_penalty=1.2",
-        "min_length=5",
-        "stop_strings='end'",
+        "encoder_repetition_penalty=1.2",
+        "num_beams=4",
+        "forced_eos_token_id=5",
     )
+
+
+def test_every_control_of_generation_config_is_applied() -> None:
+    config = {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "typical_p": 0.9,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.02,
+        "min_p": 0.03,
+        "bad_words_ids": [[5], [49], [6, 7]],
+        "suppress_tokens": [8],
+        "sequence_bias": [[[3], -1.0]],
+        "min_new_tokens": 4,
+        "stop_strings": "end",
+    }
+    params = resolve(config)
+    assert params.stop == ("end",)
+    assert params.sampler == {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "typical_p": 0.9,
+        "epsilon_cutoff": 0.01,
+        "eta_cutoff": 0.02,
+        "min_p": 0.03,
+        "bad_words": ((5,), (6, 7), (8,)),  # EOS alone is not a bad word
+        "logit_bias": (((3,), -1.0),),
+        "min_tokens": 4,
+        "stop_ids": (49,),
+    }
+    off: dict[str, Any] = dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_p"), 0.0)
+    off |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "min_tokens": 0}
+    off |= {"bad_words_ids": [], "suppress_tokens": [], "logit_bias": {}}
+    assert resolve(config, **off).sampler == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("best_of", value) for value in (0, 1.0, "2", 5000)),
+        *((field, value) for field in ("min_tokens", "min_length") for value in (-1, 1.5, True)),
+        *(("repetition_penalty", value) for value in (0, -1.0, math.nan, math.inf, True, "1")),
+        *((f, v) for f in ("presence_penalty", "frequency_penalty") for v in (-2.1, 2.5, math.nan, None)),
+        *(("no_repeat_ngram_size", value) for value in (-1, 2.0, True)),
+        *((f, v) for f in ("min_p", "epsilon_cutoff", "eta_cutoff") for v in (-0.1, 1.1, math.nan, "x")),
+        *(("typical_p", value) for value in (0, 1.5, True)),
+        *(("mirostat", value) for value in (1, 3, True, None, "2")),
+        *((f, v) for f in ("mirostat_tau", "mirostat_eta") for v in (0, -1.0, math.inf, None)),
+        *(("allowed_token_ids", value) for value in ([], 5, [-1], ["1"])),
+        *(("logit_bias", value) for value in (5, {"x": 1.0}, {1: "y"}, {1: math.nan}, {-1: 1.0})),
+        *(("logit_bias", value) for value in ({(): 1.0}, [3])),
+        *(("bad_words", value) for value in (5, [""], [3])),
+        *(("bad_words_ids", value) for value in (5, [5], ((),), [[-1]])),
+        *(("suppress_tokens", value) for value in (5, [-1])),
+        *(("logits_processors", value) for value in (5, [5], "print")),
+        *(("eos_token_id", value) for value in (-1, "x", [True])),
+        *(("prompt_logprobs", value) for value in (-1, 65, True)),
+        *((f, v) for f in ("echo", "include_stop_str_in_output") for v in (None, 1)),
+    ],
+)
+def test_controls_are_refused_with_field_and_value(field: str, value: object) -> None:
+    kwargs: dict[str, Any] = {field: value}
+    with pytest.raises(RequestError, match=f"^{field}=") as caught:
+        SamplingParams(**kwargs)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"min_tokens": 9, "max_tokens": 5}, "min_tokens=9 and max_tokens=5.*from 0 to 5"),
+        ({"min_length": 9, "max_length": 5}, "min_length=9 and max_length=5"),
+        ({"min_length": 9, "min_tokens": 5}, "min_tokens=5 and min_length=9"),
+        ({"best_of": 3, "n": 4}, "best_of=3: must be an integer from 4 to 4096"),
+        ({"best_of": 3, "temperature": 0}, "best_of=3 with temperature=0"),
+        ({"mirostat": 2, "top_k": 5}, "mirostat=2 and top_k=5"),
+        ({"mirostat": 2, "temperature": 0}, "mirostat=2 and temperature=0"),
+        ({"max_tokens": 3, "max_new_tokens": 4}, "max_new_tokens=4 and max_tokens=3 are one setting"),
+        ({"do_sample": False, "temperature": 0.7}, "do_sample=False and temperature=0.7"),
+        ({"do_sample": True, "temperature": 0}, "do_sample=True and temperature=0"),
+    ],
+)
+def test_contradicting_controls(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**kwargs)
+
+
+def test_names_of_transformers() -> None:
+    theirs = SamplingParams(
+        max_new_tokens=3,
+        min_new_tokens=2,
+        num_return_sequences=4,
+        stop_strings=["x"],
+        sequence_bias={(1, 2): 3.0},
+    )
+    assert theirs == SamplingParams(max_tokens=3, min_tokens=2, n=4, stop=["x"], logit_bias={(1, 2): 3.0})
+    assert SamplingParams(do_sample=False) == SamplingParams(temperature=0.0)
+    assert SamplingParams(do_sample=True) == SamplingParams()
+    assert dataclasses.replace(theirs, n=2) == SamplingParams(
+        max_tokens=3, min_tokens=2, n=2, stop=["x"], logit_bias={(1, 2): 3.0}
+    )
+
+
+def test_minimum_length() -> None:
+    assert resolve(min_length=15).min_tokens == 5
+    assert resolve(min_length=5).min_tokens == 0
+    assert resolve({"min_length": 500}, max_tokens=7).min_tokens == 7
+    with pytest.raises(RequestError, match="min_length=500 asks for 490 new tokens, and 138 tokens"):
+        resolve(min_length=500)
+
+
+def test_eos_of_the_request() -> None:
+    assert resolve(eos_token_id=7).stop_ids == {7}
+    assert resolve(eos_token_id=[7, 8], stop_token_ids=[9]).stop_ids == {7, 8, 9}
+    assert resolve(eos_token_id=[7, 8], ignore_eos=True).stop_ids == frozenset()
+
+
+class Words:
+    vocab_size = 50
+
+    def encode_word(self, text: str) -> list[int]:
+        return [len(text), *text.encode()[:1]]
+
+
+def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
+    params = GenerationDefaults().resolve(
+        SamplingParams(bad_words=["dog", " cat"]),
+        prompt_tokens=1,
+        max_model_len=100,
+        seed=1,
+        vocabulary=Words(),
+    )
+    assert params.sampler["bad_words"] == ((3, ord("d")), (4, ord(" ")))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("logit_bias", {50: 1.0}),
+        ("logit_bias", {(3, 51): 1.0}),
+        ("allowed_token_ids", [3, 50]),
+        ("bad_words_ids", [[50]]),
+        ("suppress_tokens", [50]),
+    ],
+)
+def test_ids_outside_of_the_vocabulary(field: str, value: Any) -> None:
+    kwargs: dict[str, Any] = {field: value}
+    with pytest.raises(RequestError, match=f"{field}: token id 5. is outside the vocabulary: .* 0 to 49"):
+        GenerationDefaults().resolve(
+            SamplingParams(**kwargs), prompt_tokens=1, max_model_len=100, seed=1, vocabulary=Words()
+        )
+
+
+def test_processors_run_one_after_the_other() -> None:
+    def add(ids: Any, logits: Any) -> None:
+        logits += ids.sum()
+
+    run = resolve(logits_processors=[add, lambda ids, logits: logits * 2, add]).sampler["processor"]
+    assert run(np.array([1, 2]), np.zeros(3)).tolist() == [9.0, 9.0, 9.0]
+    assert resolve(logits_processors=[add]).sampler["processor"] is add
+    assert resolve(logits_processors=[]).sampler == {}

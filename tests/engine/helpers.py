@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from pyengine.decoding.params import ResolvedParams
+from pyengine.decoding.resolve import ResolvedParams
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
 from pyengine.engine.request import Request
@@ -38,13 +38,10 @@ def params(
         n=n,
         max_length=min(len(prompt) + max_tokens, MAX_MODEL_LEN),
         temperature=temperature,
-        top_k=0,
-        top_p=1.0,
         seed=seed,
         stop=stop,
         stop_ids=stop_ids,
         logprobs=logprobs,
-        skip_special_tokens=True,
     )
 
 
