@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyengine.decoding.constraints import StructuredOutputsParams
     from pyengine.decoding.params import SamplingParams
     from pyengine.errors import (
         CheckpointError,
@@ -58,6 +59,7 @@ __all__ = [
     "SamplingParams",
     "ScoreOutput",
     "StreamDelta",
+    "StructuredOutputsParams",
     "TokenizerError",
     "TrainingError",
     "__version__",
@@ -73,6 +75,8 @@ def __getattr__(name: str) -> object:
         module = "pyengine.llm"
     elif name == "SamplingParams":
         module = "pyengine.decoding.params"
+    elif name == "StructuredOutputsParams":
+        module = "pyengine.decoding.constraints"
     else:
         module = "pyengine.errors" if name in _ERRORS else "pyengine.outputs"
     value = globals()[name] = getattr(import_module(module), name)

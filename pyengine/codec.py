@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pyengine.decoding.constraints import Constraint, ConstraintCompiler, StructuredOutputsParams
 from pyengine.errors import RequestError
 from pyengine.prompts import Prompt, check_token_ids
 
@@ -28,6 +29,7 @@ class Codec:
         self._bos_token_id = bos_token_id
         self._tokenizer: Tokenizer | None = None
         self._error: BaseException | None = None
+        self._constraints: ConstraintCompiler | None = None
         # Not a daemon: ending the interpreter in the middle of an import of compiled code aborts the process.
         self._loader = threading.Thread(target=self._load, name="pyengine-tokenizer")
         self._loader.start()
@@ -75,6 +77,12 @@ class Codec:
                 f"{self.directory} has no tokenizer files: give token ids instead of the text {text!r}"
             )
         return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :]
+
+    def constraint(self, params: StructuredOutputsParams, eos: Sequence[int]) -> Constraint:
+        """What the text has to follow, at its start; ``eos``: tokens that may end it."""
+        if self._constraints is None:
+            self._constraints = ConstraintCompiler(self.vocab_size)
+        return self._constraints.compile(params, self.tokenizer, eos)
 
     def encode_prompt(self, prompt: Prompt) -> array[int]:
         """Token ids to continue from: BOS where there is nothing else."""

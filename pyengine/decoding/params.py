@@ -7,6 +7,7 @@ from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyengine.decoding import checks
+from pyengine.decoding.constraints import StructuredOutputsParams
 from pyengine.errors import RequestError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ ALIASES = {
     "num_return_sequences": "n",
     "stop_strings": "stop",
     "sequence_bias": "logit_bias",
+    "guided_decoding": "structured_outputs",
 }
 _CUT_OFFS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
@@ -55,6 +57,8 @@ class SamplingParams:
     bad_words: texts that must not come, each also after a space.
     bad_words_ids: the same as lists of token ids.
     suppress_tokens: token ids that must not come.
+    structured_outputs: a regular expression, choices, a JSON schema or a grammar that the text has to follow
+        (StructuredOutputsParams).
     logits_processors: functions (token_ids, logits) -> logits or None: NumPy arrays of all tokens so far (n,)
         and of the logits (V,), which may be edited in place. Called in the engine's thread.
 
@@ -82,7 +86,8 @@ class SamplingParams:
     truncate_prompt_tokens: keep only the last k tokens of the prompt.
 
     transformers' names are taken as well, where they mean the same: max_new_tokens, min_new_tokens,
-    num_return_sequences, stop_strings, sequence_bias; ``do_sample=False`` is ``temperature=0``.
+    num_return_sequences, stop_strings, sequence_bias; ``do_sample=False`` is ``temperature=0``. vLLM's
+    guided_decoding is structured_outputs.
 
     Raises RequestError naming the field, its value and what is allowed.
     """
@@ -102,6 +107,7 @@ class SamplingParams:
     bad_words: str | Sequence[str] | None = None
     bad_words_ids: Sequence[Sequence[int]] | None = None
     suppress_tokens: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -129,6 +135,7 @@ class SamplingParams:
     num_return_sequences: InitVar[int | None] = None
     stop_strings: InitVar[str | list[str] | None] = None
     sequence_bias: InitVar[Any] = None
+    guided_decoding: InitVar[StructuredOutputsParams | None] = None
     do_sample: InitVar[bool | None] = None
 
     def __post_init__(
@@ -138,9 +145,11 @@ class SamplingParams:
         num_return_sequences: int | None,
         stop_strings: str | list[str] | None,
         sequence_bias: Any,
+        guided_decoding: StructuredOutputsParams | None,
         do_sample: bool | None,
     ) -> None:
-        given = (max_new_tokens, min_new_tokens, num_return_sequences, stop_strings, sequence_bias)
+        given: tuple[Any, ...] = (max_new_tokens, min_new_tokens, num_return_sequences, stop_strings)
+        given += (sequence_bias, guided_decoding)
         for (alias, field), value in zip(ALIASES.items(), given, strict=True):
             self._take_alias(alias, field, value)
         self._take_do_sample(do_sample)
@@ -198,6 +207,9 @@ class SamplingParams:
         checks.strings("bad_words", self.bad_words)
         checks.token_sequences("bad_words_ids", self.bad_words_ids)
         checks.token_ids("suppress_tokens", self.suppress_tokens)
+        constraint = self.structured_outputs
+        if constraint is not None and not isinstance(constraint, StructuredOutputsParams):
+            raise RequestError(f"structured_outputs={constraint!r}: must be StructuredOutputsParams")
         processors = self.logits_processors
         if processors is not None and (
             not isinstance(processors, (list, tuple)) or not all(callable(each) for each in processors)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyengine.decoding import checks
+from pyengine.decoding.constraints import Constraint, StructuredOutputsParams
 from pyengine.decoding.params import ALIASES, LogitsProcessor, SamplingParams
 from pyengine.errors import ConfigError, RequestError
 
@@ -28,7 +29,8 @@ _FIELDS = {
         )
     },
 }
-del _FIELDS["num_return_sequences"]  # how many texts come back is the caller's to say
+for _name in ("num_return_sequences", "guided_decoding"):  # the caller's to say
+    del _FIELDS[_name]
 # Fields of generation_config.json that would change the tokens, with the values that mean "off".
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "encoder_repetition_penalty": (1.0,),
@@ -65,6 +67,7 @@ class Vocabulary(Protocol):
     vocab_size: int
 
     def encode_word(self, text: str) -> Sequence[int]: ...
+    def constraint(self, params: StructuredOutputsParams, eos: Sequence[int]) -> Constraint: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class ResolvedParams:
     echo: bool = False
     num_returned: int | None = None  # the best of the n samples; None: all
     prompt_logprobs: int = -1
+    constraint: Constraint | None = None  # at its start; each sample follows a copy
     sampler: Mapping[str, Any] = field(default_factory=dict)  # further arguments of _C.Sampler.set
 
     @property
@@ -187,6 +191,11 @@ class GenerationDefaults:
         stop_ids = (*(() if params.ignore_eos else eos), *(params.stop_token_ids or ()))
         max_length = min(self._max_length(params, prompt_tokens), max_model_len)
         min_tokens = self._min_tokens(params, prompt_tokens, max_length)
+        constraint = None
+        if params.structured_outputs is not None:
+            if vocabulary is None:
+                raise RequestError("structured_outputs: there is no tokenizer")
+            constraint = vocabulary.constraint(params.structured_outputs, () if params.ignore_eos else eos)
         sampler = {
             "repetition_penalty": float(value_of("repetition_penalty")),
             "presence_penalty": float(params.presence_penalty),
@@ -220,6 +229,7 @@ class GenerationDefaults:
             echo=params.echo,
             num_returned=None if count == params.n else params.n,
             prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
+            constraint=constraint,
             # Only what is asked for: a request without controls pays for none, not even here.
             sampler={
                 name: value

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyengine.engine.generation import Generation, Sample
+from pyengine.engine.generation import Sample
 from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
 from pyengine.engine.scheduler import BlockManager, Scheduler, blocks_for
@@ -273,29 +273,35 @@ class Engine:
         return _not_finite(request, "logits", position - 1)
 
     def _set_up(self, scheduled: Scheduled, now: float) -> None:
-        """Hand the parameters of newcomers to the sampler; a request whose parameters it refuses ends."""
-        for seq, _ in scheduled:
-            if seq.is_set_up or seq.slot < 0:
+        """Tell the sampler the parameters of newcomers, and what the next token of constrained texts may be;
+        a request that it refuses ends."""
+        for seq, count in scheduled:
+            if seq.slot < 0:
                 continue
             request = seq.request
-            if isinstance(request, Generation):
-                params = request.params
-                arguments = params.sampler_arguments
-                if params.sampler:
-                    arguments.update(token_ids=seq.token_ids, num_prompt=seq.num_prompt)
-                if request.uses_mirostat:
-                    assert isinstance(seq, Sample)
-                    arguments["mirostat_mu"] = seq.mirostat_mu
-                try:
-                    self.core.sampler.set(seq.slot, sample_index=seq.index, **arguments)
-                except Exception as error:
-                    self.scheduler.abandon(seq)
-                    self.give_up(request, _named(request, error))
-                    continue
+            try:
+                if isinstance(seq, Sample):
+                    if not seq.is_set_up:
+                        self._set_sampler(seq)
+                    if seq.constraint is not None and seq.num_computed + count == seq.num_inputs:
+                        self.core.sampler.set_mask(seq.slot, seq.constraint.mask())
+            except Exception as error:
+                self.scheduler.abandon(seq)
+                self.give_up(request, _named(request, error))
+                continue
             seq.is_set_up = True
             if request.first_step is None:
                 request.first_step = now
                 self.num_waiting -= 1
+
+    def _set_sampler(self, seq: Sample) -> None:
+        params = seq.request.params
+        arguments = params.sampler_arguments
+        if params.sampler:
+            arguments.update(token_ids=seq.token_ids, num_prompt=seq.num_prompt)
+        if seq.request.uses_mirostat:
+            arguments["mirostat_mu"] = seq.mirostat_mu
+        self.core.sampler.set(seq.slot, sample_index=seq.index, **arguments)
 
     def _remove(self, request: Request) -> None:
         if request.end is None:

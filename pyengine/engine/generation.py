@@ -14,7 +14,15 @@ from pyengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 class Sample(Sequence):
     """One of the ``n`` continuations. ``token_ids`` are the prompt's and the new ones, in one array."""
 
-    __slots__ = ("logprobs", "mirostat_mu", "num_reported", "prompt_logprobs", "stop_reason", "text")
+    __slots__ = (
+        "constraint",
+        "logprobs",
+        "mirostat_mu",
+        "num_reported",
+        "prompt_logprobs",
+        "stop_reason",
+        "text",
+    )
     request: Generation
     draws = True
 
@@ -26,6 +34,7 @@ class Sample(Sequence):
         self.mirostat_mu: float | None = None  # what Mirostat goes on with after preemption
         self.num_reported = 0  # new tokens that deltas have reported
         params = request.params
+        self.constraint = None if params.constraint is None else params.constraint.copy()
         self.text: TextStream | None = None
         if request.codec is not None:
             self.text = TextStream(
@@ -76,7 +85,9 @@ class Sample(Sequence):
             if stop is not None:
                 self.finish("stop", stop)
                 return
-        if len(self.token_ids) >= params.max_length:
+        if self.constraint is not None and self.constraint.take(token):
+            self.finish("stop")
+        elif len(self.token_ids) >= params.max_length:
             self.finish("length")
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:

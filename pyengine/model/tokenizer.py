@@ -48,6 +48,14 @@ class Tokenizer(ABC):
     def is_special(self, token_id: int) -> bool:
         """Whether decoding with ``skip_special_tokens`` leaves this id out."""
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to the UTF-8 of a text, wherever it stands; TokenizerError where that depends on
+        its neighbours, so that the pieces of a text do not simply concatenate to it."""
+        raise TokenizerError(
+            f"the pieces of this tokenizer ({self.kind}) do not concatenate to the text: spaces are put in "
+            "or taken out between them. A byte-level BPE tokenizer, like GPT-2's, is needed"
+        )
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``: special tokens in it are recognised, and exactly those that the tokenizer's
         configuration puts in front are added ([CLS], BOS), never one at the end (EOS, [SEP]).

@@ -196,9 +196,9 @@ def test_echo_of_token_ids(run: Run, llm: LLM, tmp_path: Path, options: list[str
 
 def test_settings_that_are_not_applied_are_named_in_one_line(run: Run, tmp_path: Path) -> None:
     model = without(resolve(), tmp_path / "model", "generation_config.json")
-    (model / "generation_config.json").write_text('{"repetition_penalty": 1.3}', encoding="utf-8")
+    (model / "generation_config.json").write_text('{"num_beams": 4}', encoding="utf-8")
     stderr = run("generate", "--quiet", "--max-tokens", "2", "--model", str(model), "a").stderr
-    ignored = "pyengine does not apply repetition_penalty=1.3 of generation_config.json"
+    ignored = "pyengine does not apply num_beams=4 of generation_config.json"
     assert stderr == f"pyengine: warning: {model}: {ignored}\n"
 
 

@@ -300,6 +300,9 @@ class Words:
     def encode_word(self, text: str) -> list[int]:
         return [len(text), *text.encode()[:1]]
 
+    def constraint(self, params: Any, eos: Any) -> Any:
+        raise NotImplementedError
+
 
 def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
     params = GenerationDefaults().resolve(

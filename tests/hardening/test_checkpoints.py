@@ -195,7 +195,7 @@ FAULTS: dict[str, Fault] = {
     "max_new_tokens of 0": Fault(generation(max_new_tokens=0), ConfigError, ("max_new_tokens=0",)),
     "max_length is a list": Fault(generation(max_length=[1]), ConfigError, ("max_length=[1]",)),
     "end-of-text token is a word": Fault(
-        generation(eos_token_id="end"), ConfigError, ("eos_token_id=['end']",)
+        generation(eos_token_id="end"), ConfigError, ("eos_token_id='end'",)
     ),
     "end-of-text tokens below 0": Fault(generation(eos_token_id=[-1]), ConfigError, ("eos_token_id=[-1]",)),
     "do_sample is a word": Fault(

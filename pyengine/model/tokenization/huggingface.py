@@ -108,6 +108,12 @@ class HuggingFaceTokenizer(Tokenizer):
             decoder = WholeDecoder(lambda ids: self._decode_whole(ids, skip), self.find_piece)
         return CleanUpDecoder(decoder) if self._clean_up else decoder
 
+    def token_bytes(self) -> list[bytes]:
+        if self._decoder_type != "ByteLevel" or self._clean_up:
+            return super().token_bytes()
+        table = self._bytes[False]
+        return [table[token_id] for token_id in range(self.model_vocab_size or self.vocab_size)]
+
     def _decode_whole(self, ids: list[int], skip: bool) -> str:
         with _library_errors("the tokens cannot be decoded"):
             return self._backend.decode(ids, skip_special_tokens=skip)
