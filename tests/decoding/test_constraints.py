@@ -36,6 +36,7 @@ REGEXES = [
     r"\s{0,3}x = \d+;",
     r'"[^"\\]{0,20}"',
     *(rf"[a-{last}]{{{count}}}" for last in "cgkpz" for count in (1, 4, 9, 16)),
+    *(rf"([a-{last}]{{2}} ){{30}}" for last in "defghijk"),  # long enough to be preempted
     *(rf"(foo|bar{number}|\d{{{number}}}){{2}}" for number in range(1, 11)),
 ]
 CHOICES = [
@@ -168,13 +169,13 @@ def closing(llm: LLM) -> dict[int, float]:
     return bias | dict.fromkeys(llm._defaults.eos_token_ids, 6.0)
 
 
-def generate(llm: LLM, seed: int, **params: Any) -> list[tuple[str, str | None]]:
+def generate(llm: LLM, seed: int, prompt: str = "The result:", **params: Any) -> list[tuple[str, str | None]]:
     params |= {"max_tokens": 220, "temperature": 1.2, "logit_bias": closing(llm)}
     each = [
         SamplingParams(structured_outputs=constraint, seed=seed + i, **params)
         for i, (constraint, _) in enumerate(CASES)
     ]
-    outputs = [output.outputs[0] for output in llm.generate(["The result:"] * len(each), each)]
+    outputs = [output.outputs[0] for output in llm.generate([prompt] * len(each), each)]
     return [(output.text, output.finish_reason) for output in outputs]
 
 
@@ -189,7 +190,8 @@ def test_every_text_follows(llm: LLM, seed: int) -> None:
 def test_preemption_and_threads_change_nothing(llm: LLM) -> None:
     block = llm._engine.core.kv.block_bytes
     small = LLM(num_threads=1, kv_cache_memory=16 * block, max_num_batched_tokens=32)
-    assert generate(small, 0) == generate(llm, 0)
+    prompt = " ".join(["and"] * 30)  # so long that most texts need another block
+    assert generate(small, 0, prompt) == generate(llm, 0, prompt)
     assert small.stats().preemptions > 0
 
 

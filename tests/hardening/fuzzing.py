@@ -16,7 +16,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from pyengine import LLM, SamplingParams
-from pyengine.decoding.params import GenerationDefaults
+from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.errors import CheckpointError, PyEngineError
 from pyengine.model.checkpoint import load_checkpoint
 from pyengine.model.config import GPT2Config
