@@ -166,7 +166,8 @@ def closing(llm: LLM) -> dict[int, float]:
     assert llm.tokenizer is not None
     ids = range(llm.config.vocab_size)
     bias = {token: 4.0 for token in ids if set(",}]") & set(llm.tokenizer.decode([token]))}
-    return bias | dict.fromkeys(llm._defaults.eos_token_ids, 6.0)
+    assert llm.tokenizer.eos_token_id is not None
+    return bias | {llm.tokenizer.eos_token_id: 6.0}
 
 
 def generate(llm: LLM, seed: int, prompt: str = "The result:", **params: Any) -> list[tuple[str, str | None]]:
