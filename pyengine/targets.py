@@ -11,7 +11,7 @@ from typing import Any
 from pyengine.codec import Codec
 from pyengine.decoding.params import MAX_LOGPROBS
 from pyengine.engine.scoring import Window, window_spans
-from pyengine.errors import RequestError
+from pyengine.errors import RequestError, TokenizerError
 from pyengine.outputs import Choice, Logprob, ScoreOutput
 from pyengine.prompts import Prompt, as_list, as_one, is_one
 
@@ -81,11 +81,16 @@ def score_targets(codec: Codec, text: Any, continuation: Any, add_bos: bool) -> 
         if is_one(continuation) and continuation is not None or len(continuations) != len(texts):
             raise RequestError(f"{len(texts)} texts need a list of {len(texts)} continuations")
     targets = []
-    for one, following in zip(texts, continuations, strict=True):
-        if following is None:
-            targets.append(text_target(codec, one, add_bos))
-        else:
-            targets += continuation_targets(codec, one, [as_one(following, "a continuation")], add_bos)
+    for number, (one, following) in enumerate(zip(texts, continuations, strict=True), 1):
+        try:
+            if following is None:
+                targets.append(text_target(codec, one, add_bos))
+            else:
+                targets += continuation_targets(codec, one, [as_one(following, "a continuation")], add_bos)
+        except (RequestError, TokenizerError) as error:
+            if len(texts) == 1:
+                raise
+            raise type(error)(f"text {number} of {len(texts)}: {error}") from error
     return targets
 
 

@@ -154,8 +154,6 @@ def test_the_queue_is_bounded(checkpoint: Callable[[str], Path]) -> None:
     llm = LLM(checkpoint("gelu"), max_num_seqs=1, max_queue_size=2)
     with pytest.raises(PyEngineError, match="max_queue_size"):
         LLM(checkpoint("gelu"), max_queue_size=0)
-    streams = [llm.stream([1], LONG)]
-    next(streams[0])
     entered: list[str] = []
 
     def enter(name: str, priority: int) -> None:
@@ -163,17 +161,19 @@ def test_the_queue_is_bounded(checkpoint: Callable[[str], Path]) -> None:
         entered.append(name)
         assert len(list(stream)) == 30
 
-    with paused(llm):
+    with paused(llm, after=1):
+        first = llm.stream([1], LONG)
+        next(first)
         threads = [
             threading.Thread(target=enter, args=(name, priority))
             for name, priority in (("a", 0), ("b", 0), ("late", 1), ("soon", 0))
         ]
-        for number, thread in enumerate(threads, 1):
+        for number, thread in enumerate(threads, 2):
             thread.start()
-            wait_until(lambda number=number: len(llm._thread._open) == number + 1)  # type: ignore[misc]
+            wait_until(lambda number=number: len(llm._thread._open) == number)  # type: ignore[misc]
     for thread in threads:
         thread.join(60)
-    assert len(list(streams[0])) == 149
+    assert len(list(first)) == 149
     assert len(entered) == 4 and entered[-1] == "late"
     assert llm.stats().waiting == 0
     outputs = llm.generate([[3]] * 20, GREEDY)
@@ -209,15 +209,28 @@ def test_stats(checkpoint: Callable[[str], Path]) -> None:
     assert stats.prefix_hit_tokens == 32 and stats.prefix_lookup_tokens == 80 + 19
     assert stats.finished == 3 and stats.steps == 61 and 0 < stats.busy_time < 60
     assert stats.new_tokens_per_second > 0 and stats.prompt_tokens_per_second > 0
-    streams = [llm.stream([1], LONG) for _ in range(3)]
-    next(streams[0])
-    with paused(llm):
+    later: list[Any] = []
+    with paused(llm, after=1):
+        first = llm.stream([1], LONG)
+        next(first)
+        threads = [
+            threading.Thread(target=lambda: later.append(llm.stream([1], LONG, priority=1))) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(llm._thread._open) == 3)
         stats = llm.stats()
         assert (stats.running, stats.waiting) == (1, 2) and stats.kv_blocks_used > 0
-        for stream in streams:
-            stream.close()
+        first.close()
+        for thread in threads:  # they enter the queue when the engine looks into its inbox again
+            assert thread.is_alive()
+    for thread in threads:
+        thread.join(60)
+    for stream in later:
+        stream.close()
     wait_until_idle(llm)
-    assert llm.stats().aborted == 3 and llm.stats().running == llm.stats().waiting == 0
+    stats = llm.stats()
+    assert stats.running == stats.waiting == 0 and stats.aborted >= 1 and stats.aborted + stats.finished == 6
 
 
 def test_repr_and_context_manager(checkpoint: Callable[[str], Path]) -> None:

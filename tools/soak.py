@@ -12,8 +12,8 @@ Under ThreadSanitizer, with an extension built for it (CPython is not instrument
     cmake -S . -B build/tsan-python -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPYENGINE_SANITIZE=thread \\
         -DPYENGINE_TESTS=OFF -DPYENGINE_OUTPUT_DIR=$PWD/build/tsan-python/out
     cmake --build build/tsan-python
-    LD_PRELOAD=$(gcc -print-file-name=libtsan.so) TSAN_OPTIONS=suppressions=tools/tsan.supp \\
-        python tools/soak.py --extension build/tsan-python/out --minutes 5
+    LD_PRELOAD=$(gcc -print-file-name=libtsan.so) \\
+        python tools/soak.py --extension build/tsan-python/out --patience 600
 """
 
 from __future__ import annotations

@@ -12,20 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressBar:
-    """Finished prompts and tokens per second, on standard error while it is entered."""
+    """Finished prompts or texts, and tokens per second, on standard error while it is entered."""
 
-    def __init__(self, prompts: int) -> None:
+    def __init__(self, count: int, what: str = "prompts") -> None:
         self._bar = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("prompts  {task.fields[rate]}"),
+            TextColumn(what + "  {task.fields[rate]}"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=False,  # results must reach standard output as they are
             redirect_stderr=False,
         )
-        self._task = self._bar.add_task("", total=prompts, rate="")
+        self._task = self._bar.add_task("", total=count, rate="")
 
     def __enter__(self) -> ProgressBar:
         self._start = time.perf_counter()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,7 +28,9 @@ Standard output: a row for each token (position, id, piece, natural logarithm of
 probability), then a line of totals. With --choice: the choices, likeliest first.
 A text longer than the context is scored in overlapping windows. The first token of a text follows nothing
 and has no probability unless the tokenizer, or --add-bos, puts a token in front.
+Standard error: a progress bar for several texts, or a long one, on a terminal.
 """
+_LONG = 10_000  # characters (or token ids) of a text that takes a while
 
 
 @click.command(context_settings=_options.CONTEXT_SETTINGS, epilog=_EPILOG)
@@ -42,6 +46,7 @@ and has no probability unless the tokenizer, or --add-bos, puts a token in front
 @click.option("--add-bos", is_flag=True, help="Put the model's BOS token in front of each text.")
 @_options.engine
 @_options.json_lines
+@_options.quiet
 def command(
     texts: tuple[str, ...],
     file: str | None,
@@ -50,6 +55,7 @@ def command(
     ids: bool,
     add_bos: bool,
     as_json: bool,
+    quiet: bool,
     **engine: Any,
 ) -> None:
     """Log-probability of every token of TEXTS, and their perplexity.
@@ -70,24 +76,40 @@ def command(
     choices = tuple(_text.argument(choice, f"--choice {number}") for number, choice in enumerate(choices, 1))
     _text.prepare_output()
     llm = _options.open_llm(**engine)
-    for number, prompt in enumerate(prompts, 1):
-        with _text.naming("text", number, len(prompts)):
-            if choices:
-                ranked = llm.choose(prompt, [parse(choice) for choice in choices], add_bos=add_bos)
-                rows = [_choice_row(choice) for choice in ranked]
-                result, lines = {"text": prompt, "choices": rows}, _choice_lines(rows)
-            else:
-                following = None if continuation is None else parse(continuation)
-                score = llm.score(prompt, following, add_bos=add_bos)
-                result = {"text": prompt, **_score_row(score, continuation)}
-                lines = _score_lines(score, llm.tokenizer)
-        if as_json:
-            _text.print_json(result)
-        else:
+    bar = None
+    if not quiet and sys.stderr.isatty() and (len(prompts) > 1 or len(prompts[0]) > _LONG):
+        from pyengine.cli._progress import ProgressBar
+
+        bar = ProgressBar(len(prompts), "texts")
+
+    def show(index: int, result: dict[str, Any], lines: list[str]) -> None:
+        with bar.hidden() if bar else nullcontext():
+            if as_json:
+                _text.print_json({"text": prompts[index], **result})
+                return
             if len(prompts) > 1:
-                click.echo(_text.heading(number, prompt))
+                click.echo(_text.heading(index + 1, prompts[index]))
             for line in lines:
                 click.echo(line)
+
+    def show_score(index: int, score: ScoreOutput) -> None:
+        show(index, _score_row(score, continuation), _score_lines(score, llm.tokenizer))
+
+    with bar or nullcontext():
+        if choices:
+            num_scored = 0
+            for index, prompt in enumerate(prompts):
+                with _text.naming("text", index + 1, len(prompts)):
+                    ranked = llm.choose(prompt, [parse(choice) for choice in choices], add_bos=add_bos)
+                rows = [_choice_row(choice) for choice in ranked]
+                show(index, {"choices": rows}, _choice_lines(rows))
+                num_scored += sum(choice.score.num_scored for choice in ranked)
+                if bar:
+                    bar.advance(index + 1, len(prompts), num_scored)
+        else:
+            following = None if continuation is None else [parse(continuation)] * len(prompts)
+            progress = bar.advance if bar else False
+            llm.score(prompts, following, add_bos=add_bos, progress=progress, on_output=show_score)
 
 
 def _score_row(score: ScoreOutput, continuation: str | None) -> dict[str, Any]:

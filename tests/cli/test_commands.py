@@ -101,7 +101,9 @@ def test_tokenize_several(run: Run) -> None:
 @pytest.mark.parametrize("command", ["tokenize", "score"])
 def test_one_of_several_texts_is_named_as_its_heading_would(run: Run, command: str) -> None:
     result = run(command, "--ids", "1,2", "3,999999")
-    assert result.exit_code == 1 and result.stdout.startswith("==> 1: ")
+    assert result.exit_code == 1
+    # Texts to score are all checked before the first one runs, as prompts are.
+    assert result.stdout.startswith("==> 1: ") == (command == "tokenize")
     assert result.stderr.startswith("pyengine: text 2 of 2: ") and "999999" in result.stderr
     assert "text 1" not in run(command, "--ids", "3,999999").stderr
 
