@@ -2,6 +2,7 @@
 // more than their C++ class (a mutex, references that must live).
 #pragma once
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,6 +24,10 @@
 namespace pyengine::bindings {
 
 namespace py = pybind11;
+
+// float32 in C order, each at a multiple of 4 bytes; NumPy makes a copy of what is not.
+using AlignedFloats =
+    py::array_t<float, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
 
 // A C-contiguous view of an object of the buffer protocol; keeps the object and its memory alive.
 class BufferView {

@@ -14,7 +14,7 @@ namespace pyengine::bindings {
 
 namespace {
 
-using FloatArray = py::array_t<float, py::array::c_style>;
+using FloatArray = AlignedFloats;
 using OptionalFloats = std::optional<FloatArray>;
 
 void require(bool ok, const std::string& what) {
@@ -29,6 +29,8 @@ struct Operand {
             std::string(name) + " must be float32, or bfloat16 as uint16");
     require(a.ndim() == ndim, std::string(name) + " must have " + std::to_string(ndim) + " axes");
     require((a.flags() & py::array::c_style) != 0, std::string(name) + " must be C-contiguous");
+    require(reinterpret_cast<uintptr_t>(a.data()) % a.itemsize() == 0,
+            std::string(name) + " must be aligned: copy it");
     dtype = is_f32 ? DType::f32 : DType::bf16;
   }
   const void* data() const { return array.data(); }

@@ -106,8 +106,7 @@ void set_slot(PySampler& self, int32_t slot, const py::object& token_ids, int64_
 
 // Rows of logits, a slot and a position for each.
 struct RowArguments {
-  RowArguments(const py::array_t<float, py::array::c_style>& logits, py::handle slots,
-               py::handle positions)
+  RowArguments(const AlignedFloats& logits, py::handle slots, py::handle positions)
       : slot_view(slots, "slots"), position_view(positions, "positions") {
     if (logits.ndim() != 2 || logits.shape(0) != slot_view.size() ||
         logits.shape(0) != position_view.size() || logits.shape(1) < 1) {
@@ -126,9 +125,8 @@ struct RowArguments {
   float* data;
 };
 
-StepResult sample(PySampler& self, PyExecContext& ctx,
-                  const py::array_t<float, py::array::c_style>& logits, py::handle slots,
-                  py::handle positions) {
+StepResult sample(PySampler& self, PyExecContext& ctx, const AlignedFloats& logits,
+                  py::handle slots, py::handle positions) {
   RowArguments a(logits, slots, positions);
   StepResult result;
   py::gil_scoped_release release;
@@ -138,9 +136,8 @@ StepResult sample(PySampler& self, PyExecContext& ctx,
   return result;
 }
 
-py::array_t<float> process(PySampler& self, PyExecContext& ctx,
-                           const py::array_t<float, py::array::c_style>& logits, py::handle slots,
-                           py::handle positions) {
+py::array_t<float> process(PySampler& self, PyExecContext& ctx, const AlignedFloats& logits,
+                           py::handle slots, py::handle positions) {
   RowArguments a(logits, slots, positions);
   {
     py::gil_scoped_release release;

@@ -48,6 +48,17 @@ def test_dense_operands() -> None:
         ops.linear_residual(CTX, x, w, None, zeros(2, 4))
 
 
+def test_misaligned_operands() -> None:
+    """Vector instructions may assume that numbers lie at multiples of their size."""
+    x = np.frombuffer(bytes(1 + 4 * 16), np.float32, 16, offset=1).reshape(2, 8)
+    rows = np.frombuffer(bytes(5), np.int32, 1, offset=1)
+    with pytest.raises(RequestError, match="x must be aligned"):
+        ops.linear(CTX, x, zeros(8, 3))
+    with pytest.raises(TypeError, match="rows must lie at a multiple of 4 bytes"):
+        ops.layer_norm(CTX, zeros(2, 8), zeros(8), zeros(8), 1e-5, rows)
+    assert not ops.layer_norm(CTX, x, zeros(8), zeros(8)).any()  # copied
+
+
 def test_rows_tokens_and_targets() -> None:
     with pytest.raises(RequestError, match="row"):
         ops.layer_norm(CTX, zeros(2, 8), zeros(8), zeros(8), 1e-5, int32(2))
