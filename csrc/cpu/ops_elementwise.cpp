@@ -10,23 +10,33 @@ namespace {
 constexpr int64_t kItemRows = 16;  // a row of 768 channels takes a few hundred cycles
 constexpr int64_t kItemElements = int64_t{1} << 16;
 
-// fn(i) for i in [0, n), a few at a time.
+// fn(i, worker) for i in [0, n), a few at a time.
 template <class F>
 void for_rows(ExecContext& ctx, int64_t n, int64_t chunk, F fn) {
-  ctx.pool.parallel_for((n + chunk - 1) / chunk, [&](int64_t item, int) {
-    for (int64_t i = item * chunk; i < std::min(n, (item + 1) * chunk); ++i) fn(i);
+  ctx.pool.parallel_for((n + chunk - 1) / chunk, [&](int64_t item, int worker) {
+    for (int64_t i = item * chunk; i < std::min(n, (item + 1) * chunk); ++i) fn(i, worker);
   });
 }
 
 }  // namespace
 
-void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, const void* wpe,
-           DType table_dtype, int64_t channels, float* x) {
-  const int64_t row_bytes = channels * static_cast<int64_t>(size_of(table_dtype));
-  for_rows(ctx, batch.num_tokens, kItemRows, [&](int64_t t) {
-    ctx.kernels.add_rows(static_cast<const char*>(wte) + batch.token_ids[t] * row_bytes,
-                         static_cast<const char*>(wpe) + batch.positions[t] * row_bytes,
-                         table_dtype, channels, x + t * channels);
+void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, DType wte_dtype,
+           const void* wpe, DType dtype, int64_t channels, float* x) {
+  const int64_t row_bytes = channels * static_cast<int64_t>(size_of(dtype));
+  const int64_t wte_row_bytes = channels * static_cast<int64_t>(size_of(wte_dtype));
+  ArenaScope scope(ctx.arena);
+  const bool is_other = wte_dtype != dtype;
+  const int64_t row_floats = is_other ? (channels + 15) / 16 * 16 : 0;
+  float* converted = ctx.arena.take<float>(row_floats * ctx.pool.num_threads());
+  for_rows(ctx, batch.num_tokens, kItemRows, [&](int64_t t, int worker) {
+    const void* token = static_cast<const char*>(wte) + batch.token_ids[t] * wte_row_bytes;
+    if (is_other) {
+      float* row = converted + worker * row_floats;
+      ctx.kernels.convert(token, wte_dtype, row, dtype, channels);
+      token = row;
+    }
+    ctx.kernels.add_rows(token, static_cast<const char*>(wpe) + batch.positions[t] * row_bytes,
+                         dtype, channels, x + t * channels);
   });
 }
 
@@ -34,7 +44,7 @@ void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t n
                 int64_t channels, const float* gain, const float* bias, float eps, void* out,
                 DType out_dtype) {
   const int64_t out_bytes = channels * static_cast<int64_t>(size_of(out_dtype));
-  for_rows(ctx, num_rows, kItemRows, [&](int64_t r) {
+  for_rows(ctx, num_rows, kItemRows, [&](int64_t r, int) {
     const int64_t row = rows != nullptr ? rows[r] : r;
     ctx.kernels.layer_norm(x + row * channels, channels, gain, bias, eps,
                            static_cast<char*>(out) + r * out_bytes, out_dtype == DType::bf16);

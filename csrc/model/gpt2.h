@@ -10,6 +10,7 @@
 #include "core/memory.h"
 #include "kv/kv_cache.h"
 #include "model/batch.h"
+#include "model/packed_weights.h"
 #include "ops/ops.h"
 #include "sampling/sampler.h"
 
@@ -50,16 +51,21 @@ struct ScoredRows {
 class GPT2 {
  public:
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
-  // ignored. Matrices whose dtype is `dtype` (f32 or bf16) are read in place and must outlive the
-  // model; others, and every vector, are converted into memory of its own. A matrix "x.weight" is
-  // quantised if there is an "x.scale": packed bytes, or nibbles with an "x.group" (ops/types.h);
-  // `dtype` must then be f32. Throws ConfigError, CheckpointError.
+  // ignored. Matrices are read in place and must outlive the model; those that the first steps
+  // cannot read as they are, whose dtype is not `dtype` (f32 or bf16), are packed at once, the
+  // others step by step (model/packed_weights.h). Vectors are copied where they must be. A matrix
+  // "x.weight" is quantised if there is an "x.scale": packed bytes, or nibbles with an "x.group"
+  // (ops/types.h); `dtype` must then be f32. Throws ConfigError, CheckpointError.
   GPT2(ExecContext& ctx, const GPT2Config& config, const std::map<std::string, TensorView>& tensors,
        DType dtype);
 
   const GPT2Config& config() const { return config_; }
   DType dtype() const { return dtype_; }
-  size_t owned_bytes() const;  // of converted weights
+  size_t owned_bytes() const;                        // of converted and packed weights
+  bool is_packed() const { return packed_.done(); }  // no step packs weights any more
+
+  GPT2(const GPT2&) = delete;  // packed_ points into the object
+  GPT2& operator=(const GPT2&) = delete;
 
   // Runs the batch, samples the last token of each sequence with request_slot[b] >= 0, (B,), and
   // scores the given rows. The random counter of a sample is its position, context_len[b].
@@ -113,12 +119,14 @@ class GPT2 {
 
   GPT2Config config_;
   DType dtype_;
-  ops::Weight wte_;
+  ops::Weight wte_;  // of the dtype that it has in the file
   const void* wpe_ = nullptr;
   std::vector<Layer> layers_;
   Norm ln_f_;
   ops::Weight head_;
   std::vector<AlignedBuffer> owned_;
+  PackedWeights packed_;
+  bool has_run_ = false;
 
   // T, R, C as in ops.h; act is dtype_.
   Activations x_;       // (T, C) f32: the residual stream

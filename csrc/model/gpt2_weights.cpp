@@ -54,7 +54,7 @@ class GPT2::Loader {
 
   bool has(const std::string& name) const { return tensors_.count(name) > 0; }
 
-  // A matrix in the model's dtype: where it lies, if it can be read there.
+  // A matrix in the model's dtype.
   const void* matrix(const std::string& name, int64_t rows, int64_t cols) {
     return as(dtype_, find_floats(name, {rows, cols}), rows * cols);
   }
@@ -64,13 +64,15 @@ class GPT2::Loader {
     return static_cast<const float*>(as(DType::f32, find_floats(name, {n}), n));
   }
 
-  // (in, out) weights, or (out, in) ones, or what quantising made of either.
+  // (in, out) weights, or (out, in) ones, as they lie in the file; or what quantising made of either.
   ops::Weight weight(const std::string& name, ops::WeightLayout layout, int64_t in, int64_t out) {
     if (has(name + ".scale")) return quantized(name, in, out);
     const bool in_out = layout == ops::WeightLayout::in_out;
     ops::Weight w;
-    w.data = matrix(name + ".weight", in_out ? in : out, in_out ? out : in);
-    w.dtype = dtype_;
+    const TensorView& tensor =
+        find_floats(name + ".weight", in_out ? Shape{in, out} : Shape{out, in});
+    w.data = as(tensor.dtype, tensor, in * out);
+    w.dtype = tensor.dtype;
     w.layout = layout;
     w.in_features = in;
     w.out_features = out;
@@ -175,7 +177,7 @@ class GPT2::Loader {
 
 GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
            const std::map<std::string, TensorView>& tensors, DType dtype)
-    : config_(config), dtype_(dtype) {
+    : config_(config), dtype_(dtype), packed_(dtype) {
   config.require_valid();
   if (dtype == DType::f16) {
     throw ConfigError("dtype is float16, but the CPU computes in float32 or bfloat16");
@@ -201,6 +203,16 @@ GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
   head_ = load.has("lm_head.weight")
               ? load.weight("lm_head", ops::WeightLayout::out_in, channels, config.vocab_size)
               : wte_;
+  auto pack_later = [&](ops::Weight& w) {
+    if (w.dtype != DType::i8) packed_.add(&w);
+  };
+  for (Layer& layer : layers_) {
+    for (Dense* dense : {&layer.c_attn, &layer.attn_c_proj, &layer.c_fc, &layer.mlp_c_proj}) {
+      pack_later(dense->weight);
+    }
+  }
+  pack_later(head_);
+  packed_.convert(ctx);
 }
 
 }  // namespace pyengine

@@ -53,9 +53,9 @@ struct RaggedBatch {
 };
 
 // x[t] = wte[token_ids[t]] + wpe[positions[t]]
-//   wte (V, C), wpe (n_positions, C) of table_dtype; x (T, C) f32
-void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, const void* wpe,
-           DType table_dtype, int64_t channels, float* x);
+//   wte (V, C) of wte_dtype, rounded to `dtype`; wpe (n_positions, C) of dtype; x (T, C) f32
+void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, DType wte_dtype,
+           const void* wpe, DType dtype, int64_t channels, float* x);
 
 // The same with a quantised table: x[t] = scale[id] integers[id] + wpe[positions[t]], rounded twice
 //   wte: i8, N = V columns of K = C; wpe (n_positions, C) f32

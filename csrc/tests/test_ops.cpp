@@ -548,7 +548,7 @@ void test_embed_and_copy(const std::string& isa) {
             wte.f32[ids[t] * channels + i] + wpe.f32[positions[t] * channels + i];
       }
     }
-    embed(c.ctx, batch, wte.data(), wpe.data(), dtype, channels, x.data());
+    embed(c.ctx, batch, wte.data(), dtype, wpe.data(), dtype, channels, x.data());
     check(same(x, expected), isa + " embed " + name_of(dtype));
     const KVLayout layout{dtype, 2, 5};
     std::vector<uint8_t> cache(layout.block_bytes() * 5);
