@@ -53,6 +53,7 @@ const Kernels& amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512_vnni_kernels();
     k.isa = "amx";
+    k.dense_bf16 = amx::dense_bf16();
     k.attention_bf16 = amx::attention_bf16();
     k.attention_i8 = amx::attention_i8();
     k.dense_int8 = amx::dense_int8();

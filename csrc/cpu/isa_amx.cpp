@@ -10,6 +10,8 @@
 #include "cpu/dense.inl"
 #include "cpu/dense_quant.inl"
 #include "cpu/dense_quant_amx.inl"
+#include "cpu/dense_bf16.inl"
+#include "cpu/dense_bf16_amx.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
 #include "cpu/attention_amx.inl"

@@ -29,6 +29,7 @@ const DenseKernels& dense_bf16();
 bool dot_is_faster_than_fma();  // measured, some microseconds
 }  // namespace avx512_bf16
 namespace amx {
+const DenseKernels& dense_bf16();
 const AttentionKernels& attention_bf16();
 const AttentionKernels& attention_i8();
 const DenseKernels& dense_int8();

@@ -64,7 +64,8 @@ class GPT2::Loader {
     return static_cast<const float*>(as(DType::f32, find_floats(name, {n}), n));
   }
 
-  // (in, out) weights, or (out, in) ones, as they lie in the file; or what quantising made of either.
+  // (in, out) weights, or (out, in) ones, as they lie in the file; or what quantising made of
+  // either.
   ops::Weight weight(const std::string& name, ops::WeightLayout layout, int64_t in, int64_t out) {
     if (has(name + ".scale")) return quantized(name, in, out);
     const bool in_out = layout == ops::WeightLayout::in_out;

@@ -237,6 +237,25 @@ TEST(steps_sample_the_last_tokens_of_those_that_ask) {
   CHECK(result.token_ids.empty());
 }
 
+// A model starts on the weights as they lie in the file and packs them from its second step on.
+TEST(packing_changes_no_bit) {
+  const GPT2Config config = tiny();
+  Checkpoint checkpoint(config);
+  Context c(2);
+  auto tokens = random_tokens(6, 40, config.vocab_size);
+  for (DType dtype : {DType::f32, DType::bf16}) {
+    GPT2 model(c.ctx, config, checkpoint.tensors, dtype);
+    CHECK_EQ(model.is_packed(), dtype == DType::bf16);  // converted, and packed with it
+    auto first = logits_alone(model, c, tokens, 40, dtype);
+    CHECK_EQ(model.is_packed(), dtype == DType::bf16);
+    auto second = logits_alone(model, c, tokens, 40, dtype);
+    CHECK(model.is_packed());
+    CHECK(model.owned_bytes() > 0);
+    CHECK(same_bits(first, second));
+    CHECK(same_bits(first, logits_alone(model, c, tokens, 7, dtype)));
+  }
+}
+
 TEST(weights_are_converted_and_checked) {
   const GPT2Config config = tiny();
   Checkpoint checkpoint(config);

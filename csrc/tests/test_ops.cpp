@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/arena.h"
+#include "core/memory.h"
 #include "core/thread_pool.h"
 #include "cpu/dispatch.h"
 #include "ops/ops.h"
@@ -121,14 +122,27 @@ float multiply_add(float x, float w, float s, bool fused) {
   return product + s;
 }
 
+enum class Order { fused, rounded, tiles };
+
 // One element of a dense layer exactly as ops.h defines it.
 float chain(const Tensor& x, int64_t row, const Tensor& w, int64_t col, int64_t in, int64_t out,
-            WeightLayout layout, bool fused) {
+            WeightLayout layout, Order order) {
   auto xs = [&](int64_t k) { return x.f32[row * in + k]; };
   auto ws = [&](int64_t k) {
     return layout == WeightLayout::in_out ? w.f32[k * out + col] : w.f32[col * in + k];
   };
+  const bool fused = order != Order::rounded;
   float y = 0.0f;
+  if (order == Order::tiles && x.dtype == DType::bf16) {
+    for (int64_t k0 = 0; k0 < in; k0 += 32) {
+      float sums[2] = {0.0f, 0.0f};
+      for (int64_t k = k0; k < std::min<int64_t>(k0 + 32, in); ++k) {
+        sums[k % 2] = std::fmaf(xs(k), ws(k), sums[k % 2]);
+      }
+      y += sums[0] + sums[1];
+    }
+    return y;
+  }
   for (int64_t k0 = 0; k0 < in; k0 += kReductionBlock) {
     const int64_t end = std::min<int64_t>(k0 + kReductionBlock, in);
     float s = 0.0f;
@@ -151,9 +165,11 @@ void test_linear(const std::string& isa, DType dtype, int64_t rows, int64_t in, 
                            " in " + std::to_string(in) + " out " + std::to_string(out) +
                            (layout == WeightLayout::in_out ? " in_out" : " out_in");
 #if defined(__aarch64__)
-  const bool fused = true;
+  const Order order = Order::fused;
 #else
-  const bool fused = isa != "baseline";
+  const Order order = isa == "amx"        ? Order::tiles
+                      : isa == "baseline" ? Order::rounded
+                                          : Order::fused;
 #endif
   Context c(threads, isa);
   Tensor x(dtype, rows * in, 1.0f), w(dtype, in * out, 0.1f);
@@ -161,7 +177,7 @@ void test_linear(const std::string& isa, DType dtype, int64_t rows, int64_t in, 
   for (float& b : bias) b = normal();
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < out; ++n) {
-      expected[r * out + n] = chain(x, r, w, n, in, out, layout, fused) + bias[n];
+      expected[r * out + n] = chain(x, r, w, n, in, out, layout, order) + bias[n];
     }
   }
   const GuardedCopy guarded(w.data(), in * out * size_of(dtype));
@@ -169,6 +185,18 @@ void test_linear(const std::string& isa, DType dtype, int64_t rows, int64_t in, 
   std::vector<float> y(rows * out, NAN);
   linear(c.ctx, x.data(), rows, weight, bias.data(), Activation::none, y.data(), DType::f32);
   check(same(y, expected), what);
+
+  // Packed, converted as it is packed or not.
+  AlignedBuffer words(packed_words(dtype, in, out) * 4);
+  for (DType from : {dtype, DType::f32}) {
+    const Weight source{from == dtype ? guarded.data() : w.f32.data(), from, layout, in, out};
+    std::memset(words.data(), 0xff, words.size());
+    pack(c.ctx, source, dtype, words.data());
+    const Weight packed{words.data(), dtype, WeightLayout::packed, in, out};
+    std::vector<float> z(rows * out, NAN);
+    linear(c.ctx, x.data(), rows, packed, bias.data(), Activation::none, z.data(), DType::f32);
+    check(same(z, expected), what + " packed");
+  }
 
   // The rows one by one, as bf16, and added to a residual stream.
   std::vector<float> alone(rows * out, NAN), residual(rows * out), sums(rows * out);

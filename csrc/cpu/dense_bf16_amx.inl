@@ -1,0 +1,255 @@
+// bfloat16 dense layers on AMX: 16 rows x 32 k's of x times 32 k's x 16 columns, which is how
+// packed weights lie, added to 16 x 16 sums by one instruction.
+//
+// The order of an element's sum is the processor's (ops.h), whatever the tiles around it hold, so
+// rows may be computed in any company. Sums may rest in memory between two blocks of k: they are
+// float32 there, too.
+
+#include <immintrin.h>
+
+namespace pyengine::cpu::PYENGINE_ISA {
+namespace {
+
+constexpr int64_t kTileRowsAmx = 16;
+constexpr int64_t kTileWords = 16;                   // of k: 32 bf16
+constexpr int64_t kTileFloats = kTileWords * kTile;  // a tile of weights, 1 KB
+constexpr int64_t kTileStride = kTile * 4;           // bytes from line to line of weights
+constexpr int64_t kBlockWordsAmx = 192;              // 2 column tiles of a block fill half an L1
+constexpr int64_t kTilesAhead = 2;
+
+// Tiles 0..3 hold sums, 4 and 5 x, 6 and 7 weights. `rows` of x and of sums, all of weights.
+static void configure_tiles(int64_t rows) {
+  alignas(64) struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = 64;
+    config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : kTileWords);
+  }
+  _tile_loadconfig(&config);
+}
+
+// The compiler does not know that the tile instructions read memory.
+PYENGINE_INLINE void written() { asm volatile("" ::: "memory"); }
+
+struct TileBlock {
+  const float* x;    // of the first row tile; the second begins x_second further on
+  int64_t x_second;  // floats
+  int64_t x_stride;  // bytes
+  const float* w;    // of the first column tile; tiles w_tile floats apart
+  int64_t w_tile;
+  int64_t steps;     // of kTileWords words
+  float* c;          // sums of the first row and column tile
+  int64_t c_second;  // floats from row tile to row tile
+  int64_t c_stride;  // bytes
+  bool first;
+  bool from_memory;  // ask for weights ahead of time
+};
+
+PYENGINE_INLINE void prefetch_tile(const float* w) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileWords; ++i) __builtin_prefetch(w + i * kTile, 0, 2);
+}
+
+// kRowTiles x kColTiles tiles of sums; at most 2 x 2, or 1 x 4.
+template <int kRowTiles, int kColTiles>
+static void multiply_tiles(const TileBlock& b) {
+  static_assert(kRowTiles * kColTiles <= 4 && kRowTiles <= 2, "tiles 0 to 3 hold the sums");
+  float* const c1 = b.c + b.c_second;
+  if (b.first) {
+    _tile_zero(0);
+    if (kRowTiles * kColTiles > 1) _tile_zero(1);
+    if (kRowTiles * kColTiles > 2) _tile_zero(2);
+    if (kRowTiles * kColTiles > 3) _tile_zero(3);
+  } else if (kRowTiles == 2) {
+    _tile_loadd(0, b.c, b.c_stride);
+    _tile_loadd(1, c1, b.c_stride);
+    if (kColTiles > 1) _tile_loadd(2, b.c + kTile, b.c_stride);
+    if (kColTiles > 1) _tile_loadd(3, c1 + kTile, b.c_stride);
+  } else {
+    _tile_loadd(0, b.c, b.c_stride);
+    if (kColTiles > 1) _tile_loadd(1, b.c + kTile, b.c_stride);
+    if (kColTiles > 2) _tile_loadd(2, b.c + 2 * kTile, b.c_stride);
+    if (kColTiles > 3) _tile_loadd(3, b.c + 3 * kTile, b.c_stride);
+  }
+  const float* x = b.x;
+  const float* w = b.w;
+  for (int64_t i = 0; i < b.steps; ++i, x += kTileWords, w += kTileFloats) {
+    if (b.from_memory) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kColTiles; ++t) {
+        prefetch_tile(w + t * b.w_tile + kTilesAhead * kTileFloats);
+      }
+    }
+    _tile_loadd(6, w, kTileStride);
+    _tile_loadd(4, x, b.x_stride);
+    if (kRowTiles == 2) {
+      _tile_loadd(5, x + b.x_second, b.x_stride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kColTiles > 1) _tile_loadd(7, w + b.w_tile, kTileStride);
+      _tile_dpbf16ps(1, 5, 6);
+      if (kColTiles > 1) _tile_dpbf16ps(2, 4, 7);
+      if (kColTiles > 1) _tile_dpbf16ps(3, 5, 7);
+    } else {
+      if (kColTiles > 1) _tile_loadd(7, w + b.w_tile, kTileStride);
+      _tile_dpbf16ps(0, 4, 6);
+      if (kColTiles > 2) _tile_loadd(6, w + 2 * b.w_tile, kTileStride);
+      if (kColTiles > 1) _tile_dpbf16ps(1, 4, 7);
+      if (kColTiles > 3) _tile_loadd(7, w + 3 * b.w_tile, kTileStride);
+      if (kColTiles > 2) _tile_dpbf16ps(2, 4, 6);
+      if (kColTiles > 3) _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  if (kRowTiles == 2) {
+    _tile_stored(0, b.c, b.c_stride);
+    _tile_stored(1, c1, b.c_stride);
+    if (kColTiles > 1) _tile_stored(2, b.c + kTile, b.c_stride);
+    if (kColTiles > 1) _tile_stored(3, c1 + kTile, b.c_stride);
+  } else {
+    _tile_stored(0, b.c, b.c_stride);
+    if (kColTiles > 1) _tile_stored(1, b.c + kTile, b.c_stride);
+    if (kColTiles > 2) _tile_stored(2, b.c + 2 * kTile, b.c_stride);
+    if (kColTiles > 3) _tile_stored(3, b.c + 3 * kTile, b.c_stride);
+  }
+}
+
+// `cols` column tiles of a block, for every row tile.
+static void multiply_row_tiles(const TileBlock& block, int64_t col_tiles, int64_t rows,
+                               int64_t row_words) {
+  const int64_t row_tiles = (rows + kTileRowsAmx - 1) / kTileRowsAmx;
+  // The last tile ends with the last row: the rows that it shares with the one before it come out
+  // the same, in sums of its own.
+  auto first_row = [&](int64_t tile) {
+    return rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
+  };
+  TileBlock b = block;
+  for (int64_t t = 0; t < row_tiles; t += 2) {
+    const int64_t row = first_row(t);
+    b.x = block.x + row * row_words;
+    b.c = block.c + t * block.c_second;
+    b.from_memory = block.from_memory && t == 0;
+    if (t + 1 < row_tiles) {
+      b.x_second = (first_row(t + 1) - row) * row_words;
+      col_tiles == 2 ? multiply_tiles<2, 2>(b) : multiply_tiles<2, 1>(b);
+    } else if (col_tiles == 4) {
+      multiply_tiles<1, 4>(b);
+    } else {
+      col_tiles == 2 ? multiply_tiles<1, 2>(b) : multiply_tiles<1, 1>(b);
+    }
+  }
+}
+
+static int64_t padded_words_tiles(int64_t in_features) {
+  return (in_features + 2 * kTileWords - 1) / (2 * kTileWords) * kTileWords;
+}
+
+// Rows are read as they lie if they are whole tiles.
+static int64_t prepared_words_tiles(int64_t in_features) {
+  return in_features % (2 * kTileWords) == 0 ? 0 : padded_words_tiles(in_features);
+}
+
+static void prepare_tiles(const void* x, int64_t rows, int64_t in_features, void* out) {
+  const size_t bytes = static_cast<size_t>(in_features) * 2;
+  const size_t padded = static_cast<size_t>(padded_words_tiles(in_features)) * 4;
+  for (int64_t r = 0; r < rows; ++r) {
+    char* to = static_cast<char*>(out) + static_cast<size_t>(r) * padded;
+    __builtin_memcpy(to, static_cast<const char*>(x) + static_cast<size_t>(r) * bytes, bytes);
+    __builtin_memset(to + bytes, 0, padded - bytes);
+  }
+}
+
+static int64_t scratch_floats_tiles(int64_t, int64_t rows, int64_t cols) {
+  const int64_t padded_rows = (rows + kTileRowsAmx - 1) / kTileRowsAmx * kTileRowsAmx;
+  const int64_t padded_cols = (cols + kTile - 1) / kTile * kTile;
+  return padded_cols * (padded_rows + kBlockWordsAmx) + 4 * kTileFloats;
+}
+
+static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
+                      float* scratch) {
+  const int64_t rows = row1 - row0, cols = col1 - col0;
+  const int64_t words = LayerBf16::words(j.in_features);
+  const int64_t col_tiles = (cols + kTile - 1) / kTile, ldc = col_tiles * kTile;
+  const int64_t row_tiles = (rows + kTileRowsAmx - 1) / kTileRowsAmx;
+  const bool is_packed = j.layout == ops::WeightLayout::packed;
+  const bool is_few = rows <= 2 * kTileRowsAmx;
+  float* c = scratch;
+  float* tails = c + row_tiles * kTileRowsAmx * ldc;  // the last words of up to 4 column tiles
+  float* packed = tails + 4 * kTileFloats;
+  const float* base = is_packed ? static_cast<const float*>(j.w) + col0 * words : packed;
+  const float* x = static_cast<const float*>(j.x) + row0 * j.x_stride;
+  const int64_t at_once = rows <= kTileRowsAmx ? 4 : 2;  // column tiles
+
+  // Words [k0, k0 + count) of column tiles [t0, t0 + tiles).
+  auto multiply = [&](int64_t k0, int64_t count, int64_t t0, int64_t tiles) {
+    TileBlock b;
+    b.w_tile = (is_packed ? words : count) * kTile;
+    b.w = base + t0 * b.w_tile + (is_packed ? k0 * kTile : 0);
+    b.x = x + k0;
+    b.x_stride = j.x_stride * 4;
+    b.steps = count / kTileWords;
+    b.c = c + t0 * kTile;
+    b.c_second = kTileRowsAmx * ldc;
+    b.c_stride = ldc * 4;
+    b.first = k0 == 0;
+    b.from_memory = is_packed;
+    if (b.steps > 0) multiply_row_tiles(b, tiles, rows, j.x_stride);
+    const int64_t done = b.steps * kTileWords;
+    if (done == count) return;
+    for (int64_t t = 0; t < tiles; ++t) {
+      float* to = tails + t * kTileFloats;
+      __builtin_memcpy(to, b.w + t * b.w_tile + done * kTile,
+                       static_cast<size_t>(count - done) * kTileStride);
+      __builtin_memset(to + (count - done) * kTile, 0,
+                       static_cast<size_t>(kTileWords - (count - done)) * kTileStride);
+    }
+    written();
+    b.w = tails;
+    b.w_tile = kTileFloats;
+    b.x += done;
+    b.steps = 1;
+    b.first = b.first && done == 0;
+    b.from_memory = false;
+    multiply_row_tiles(b, tiles, rows, j.x_stride);
+  };
+  auto multiply_columns = [&](int64_t k0, int64_t count) {
+    for (int64_t t = 0; t < col_tiles;) {
+      const int64_t left = col_tiles - t, tiles = left >= at_once ? at_once : left >= 2 ? 2 : 1;
+      multiply(k0, count, t, tiles);
+      t += tiles;
+    }
+  };
+
+  configure_tiles(smaller(rows, kTileRowsAmx));
+  if (is_packed && is_few) {
+    multiply_columns(0, words);
+  } else {
+    for (int64_t k0 = 0; k0 < words; k0 += kBlockWordsAmx) {
+      const int64_t count = smaller(kBlockWordsAmx, words - k0);
+      if (!is_packed) {
+        pack<LayerBf16>(j, k0, count, col0, col_tiles * kTile, packed, count);
+        written();
+      }
+      multiply_columns(k0, count);
+    }
+  }
+  _tile_release();
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t tile = r / kTileRowsAmx;
+    const int64_t first =
+        rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
+    finish_row(j, row0 + r, col0, cols, c + (tile * kTileRowsAmx + r - first) * ldc);
+  }
+}
+
+}  // namespace
+
+const DenseKernels& dense_bf16() {
+  static constexpr DenseKernels kernels = {prepared_words_tiles, prepare_tiles,
+                                           scratch_floats_tiles, run_tiles,
+                                           pack<LayerBf16>,      2 * kTile};
+  return kernels;
+}
+
+}  // namespace pyengine::cpu::PYENGINE_ISA
