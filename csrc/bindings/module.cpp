@@ -31,7 +31,7 @@ Int32View::Int32View(py::handle object, const char* name) : BufferView(object, n
     throw py::type_error(std::string(name) + " must hold int32, not items of format '" +
                          (raw().format != nullptr ? raw().format : "B") + "'");
   }
-  if (reinterpret_cast<uintptr_t>(data()) % sizeof(int32_t) != 0) {
+  if (bytes() > 0 && reinterpret_cast<uintptr_t>(data()) % sizeof(int32_t) != 0) {
     throw py::type_error(std::string(name) + " must lie at a multiple of 4 bytes: copy it");
   }
 }

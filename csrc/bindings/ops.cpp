@@ -29,7 +29,7 @@ struct Operand {
             std::string(name) + " must be float32, or bfloat16 as uint16");
     require(a.ndim() == ndim, std::string(name) + " must have " + std::to_string(ndim) + " axes");
     require((a.flags() & py::array::c_style) != 0, std::string(name) + " must be C-contiguous");
-    require(reinterpret_cast<uintptr_t>(a.data()) % a.itemsize() == 0,
+    require(a.size() == 0 || reinterpret_cast<uintptr_t>(a.data()) % a.itemsize() == 0,
             std::string(name) + " must be aligned: copy it");
     dtype = is_f32 ? DType::f32 : DType::bf16;
   }
