@@ -23,6 +23,14 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 # Called with the token ids so far (n,) and the logits (V,), which it edits in place, or returns others.
 LogitsProcessor = Callable[["npt.NDArray[np.int32]", "npt.NDArray[np.float32]"], Any]
 
+def _same(a: object, b: object) -> bool:
+    """Equality of values that are not checked yet: an array has no single answer."""
+    try:
+        return bool(a == b)
+    except ValueError:
+        return False
+
+
 # transformers' name -> the field, of those that mean the same.
 ALIASES = {
     "max_new_tokens": "max_tokens",
@@ -163,7 +171,7 @@ class SamplingParams:
         if value is None:
             return
         own, unset = getattr(self, field), type(self).__dataclass_fields__[field].default
-        if own != unset and own != value:
+        if not _same(own, unset) and not _same(own, value):
             raise RequestError(f"{alias}={value!r} and {field}={own!r} are one setting: give one of them")
         object.__setattr__(self, field, value)
 
@@ -175,7 +183,7 @@ class SamplingParams:
             if not do_sample:
                 object.__setattr__(self, "temperature", 0.0)
             return
-        if do_sample != (self.temperature != 0):
+        if do_sample == _same(self.temperature, 0):
             raise RequestError(
                 f"do_sample={do_sample} and temperature={self.temperature} contradict each other: "
                 "temperature 0 is greedy, every other one samples"
