@@ -25,8 +25,8 @@ _COMMANDS = {
     "train": "Train a model and its tokenizer from text, or finetune one.",
     "eval": "Perplexity of a checkpoint on texts, beside an n-gram model.",
     "bench": "Speed on fixed workloads, beside what the machine allows.",
-    "inspect": "What a checkpoint is and what memory it needs.",
     "quantize": "Write a checkpoint with int8 or int4 weights.",
+    "inspect": "What a checkpoint is and what memory it needs.",
     "doctor": "Check this machine and this installation.",
 }
 

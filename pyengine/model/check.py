@@ -68,15 +68,19 @@ class CheckReport:
         return sum(t.num_inf for t in self.tensors)
 
 
+# NumPy's type of what is stored; bfloat16 as its bits.
+_STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "uint8": "u1"}
+
+
 def check_tensors(tensors: Mapping[str, Tensor]) -> CheckReport:
-    """Read every value of float32, float16 or bfloat16 tensors, a chunk at a time."""
+    """Read every value of float tensors, and the bytes of quantised ones, a chunk at a time."""
     return CheckReport(tuple(_check_tensor(name, tensor) for name, tensor in tensors.items()))
 
 
 def _check_tensor(name: str, tensor: Tensor) -> TensorReport:
     import numpy as np
 
-    stored = np.frombuffer(tensor.data, {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[tensor.dtype])
+    stored = np.frombuffer(tensor.data, _STORED[tensor.dtype])
     num_nan = num_inf = num_finite = 0
     minimum, maximum, squares = math.inf, -math.inf, 0.0
     for start in range(0, stored.size, _CHUNK):
