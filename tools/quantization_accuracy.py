@@ -15,7 +15,7 @@ import argparse
 import math
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from pyengine.model.checkpoint import Checkpoint, load_checkpoint
 from pyengine.model.quantize import quantize_weights
 from pyengine.model.tokenizer import load_tokenizer
 
-Weights = dict[str, tuple[Any, str, Sequence[int]]]
+Weights = Mapping[str, tuple[Any, str, Sequence[int]]]
 LogProbs = npt.NDArray[np.float32]
 
 OUTLIERS = 4  # channels of each layer norm
@@ -63,7 +63,7 @@ def with_outliers(checkpoint: Checkpoint, seed: int = 0) -> Checkpoint:
         buffer, _, shape = _C.to_float32(_C.ExecContext(1), entry)
         values = np.frombuffer(memoryview(buffer), np.float32).reshape(shape).copy()
         values[rows] *= factor
-        data = memoryview(values.view(np.uint8).reshape(-1))
+        data = memoryview(values.tobytes())
         tensors[name] = tensor._replace(dtype="float32", data=data)
 
     for i in range(checkpoint.config.n_layer):

@@ -84,8 +84,8 @@ def test_llm(method: str, tmp_path: Path) -> None:
         assert (llm.dtype, llm.quantization, llm.kv_cache_dtype) == ("float32", method, "bfloat16")
         expected = llm.generate("It was a", greedy)[0].outputs[0].token_ids
     write_quantized(load_checkpoint(None), tmp_path / "q", method)
-    for settings in ({}, {"quantization": method}):
-        with LLM(tmp_path / "q", **settings) as llm:
+    for quantization in (None, method):
+        with LLM(tmp_path / "q", quantization=quantization) as llm:
             assert llm.quantization == method
             assert llm.generate("It was a", greedy)[0].outputs[0].token_ids == expected
     other = "int4" if method == "int8" else "int8"
