@@ -18,7 +18,8 @@ enum class Store : uint8_t {
   f32,       // out[r][n] = y
   bf16,      // out[r][n] = y
   residual,  // out[r][n] += y, f32
-  qkv,       // columns [0, C) to out[r][n] f32 (not null), [C, 2C) to keys and [2C, 3C) to values of the cache
+  qkv,  // columns [0, C) to out[r][n] f32 (not null), [C, 2C) to keys and [2C, 3C) to values of the
+        // cache
 };
 
 // One layer of the KV cache (csrc/kv/layout.h), in bytes.

@@ -59,7 +59,8 @@ void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight&
   const int64_t vocab = head.out_features, tiles = (vocab + kTile - 1) / kTile;
   const int64_t item_rows = std::min(num_rows, kScoreItemRows);
   const int64_t row_items = (num_rows + item_rows - 1) / item_rows;
-  const int64_t scratch_size = (kernels.scratch_floats(head.in_features, item_rows, kTile) + 15) / 16 * 16;
+  const int64_t scratch_size =
+      (kernels.scratch_floats(head.in_features, item_rows, kTile) + 15) / 16 * 16;
   float* scratch = ctx.arena.take<float>(scratch_size * threads);
   float* logit_tiles = ctx.arena.take<float>(item_rows * kTile * threads);
   int32_t* selected = ctx.arena.take<int32_t>(kTile * threads);
