@@ -121,6 +121,7 @@ constexpr int dot_chains(int rows) {
 
 template <class Layer, int kRows>
 static void dot_tile(const QuantTile& t, const RowLayout& layout) {
+  const int64_t ldx = layout.words;
   constexpr int kChains = dot_chains(kRows);
   constexpr int kStep = Layer::kLinesPerStep;
   constexpr int kPerLine = Layer::kWordsPerLine;
@@ -157,7 +158,7 @@ static void dot_tile(const QuantTile& t, const RowLayout& layout) {
             const int word = line * kPerLine + i, chain = word % kChains;
 #pragma GCC unroll 16
             for (int r = 0; r < kRows; ++r) {
-              acc[chain][r][v] = dot(acc[chain][r][v], b, inputs(x[r * layout.words + word]));
+              dot(acc[chain][r][v], b, inputs(x + r * ldx + word));
             }
           }
         }

@@ -13,6 +13,7 @@ constexpr int64_t kAmxTileRows = 16;
 constexpr int64_t kAmxBlockRows = 32;  // two tiles
 constexpr int64_t kAmxBlockCols = 32;
 constexpr int64_t kAmxTileBytes = 1024;
+constexpr int64_t kSumWords = 4 * 256;  // of the four tiles
 
 // Tiles 0 to 3 hold sums (row tile, column tile) 00, 01, 10, 11; 4 and 5 inputs, 6 and 7 weights.
 struct alignas(64) QuantTileConfig {
@@ -33,32 +34,74 @@ struct alignas(64) QuantTileConfig {
   }
 };
 
+// The sums of one group of a block, stored, to be added to y while the next group is multiplied.
+struct PendingGroup {
+  const int32_t* sums = nullptr;  // [row tile][column tile][16][16]; null: nothing to add
+  const int32_t* side = nullptr;  // the first row's scale; its offset is `groups` words further on
+  float* y = nullptr;
+  int64_t rows = 0;
+  bool first = false, last = false;  // group: y is set, and multiplied by the columns' scales
+  Vf scale[2];
+};
+
+// Where the parts of all blocks lie.
+struct AmxStrides {
+  int64_t inputs, groups;
+  int64_t ldx;  // words
+  int64_t ldy;
+};
+
+template <bool kTwoCols, bool kFirst, bool kLast>
+PYENGINE_INLINE void add_sums(const PendingGroup& p, const AmxStrides& st, int64_t row0,
+                              int64_t rows) {
+  // Rows of the second tile lie two tiles further on.
+  const int32_t* sums = p.sums + row0 * 16 + (row0 >= kAmxTileRows ? 256 : 0);
+  const int32_t* side = p.side + row0 * st.ldx;
+  float* y = p.y + row0 * st.ldy;
+  for (int64_t r = 0; r < rows; ++r, sums += 16, side += st.ldx, y += st.ldy) {
+    const Vf scale = as_float(set1(side[0]));
+    const Vi offset = set1(side[st.groups]);
+#pragma GCC unroll 2
+    for (int v = 0; v < (kTwoCols ? 2 : 1); ++v) {
+      const Vf sum = to_float(add(load_words(sums + v * 256), offset));
+      const Vf total = fma(scale, sum, kFirst ? zero() : load(y + v * 16));
+      store(y + v * 16, kLast ? mul(total, p.scale[v]) : total);
+    }
+  }
+}
+
+constexpr int64_t kRowsPerStep =
+    8;  // of the pending group in each of the four steps of a whole one
+
+// y (+)= scale (sums + offset) for the rows of a step.
+template <bool kTwoCols>
+PYENGINE_INLINE void add_pending(const PendingGroup& p, const AmxStrides& st, int64_t step) {
+  const int64_t row0 = step * kRowsPerStep, rows = smaller(kRowsPerStep, p.rows - row0);
+  if (p.sums == nullptr || rows <= 0) return;
+  if (p.first) {
+    p.last ? add_sums<kTwoCols, true, true>(p, st, row0, rows)
+           : add_sums<kTwoCols, true, false>(p, st, row0, rows);
+  } else {
+    p.last ? add_sums<kTwoCols, false, true>(p, st, row0, rows)
+           : add_sums<kTwoCols, false, false>(p, st, row0, rows);
+  }
+}
+
+template <bool kTwoCols>
+PYENGINE_INLINE void finish_pending(PendingGroup& p, const AmxStrides& st, int64_t step) {
+  for (; step * kRowsPerStep < p.rows; ++step) add_pending<kTwoCols>(p, st, step);
+  p.sums = nullptr;
+}
+
 struct AmxBlock {
   const int32_t* x;  // the first row
   int64_t rows;
   const uint8_t* w[2];     // B tiles of the two columns of tiles
   const uint8_t* next[2];  // what to fetch meanwhile, or null
-  int32_t* sums;           // 4 tiles
+  int32_t* sums;           // 2 * kSumWords: the groups take turns
   float* y;
-  int64_t ldy;
+  Vf scale[2];
 };
-
-// y (+)= scale (sums + offset) of a group, for one row tile.
-template <bool kTwoCols>
-PYENGINE_INLINE void add_group(const AmxBlock& b, int64_t row0, int64_t rows, const int32_t* sums,
-                               int64_t g, const RowLayout& layout) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int32_t* row = b.x + (row0 + r) * layout.words;
-    const Vf scale = set1(layout.scales(row)[g]);
-    const Vi offset = set1(layout.offsets(row)[g]);
-    float* y = b.y + (row0 + r) * b.ldy;
-#pragma GCC unroll 2
-    for (int v = 0; v < (kTwoCols ? 2 : 1); ++v) {
-      const Vi sum = add(load_words(sums + v * 256 + r * 16), offset);
-      store(y + v * 16, fma(scale, to_float(sum), g == 0 ? zero() : load(y + v * 16)));
-    }
-  }
-}
 
 PYENGINE_INLINE void fetch_tile(const uint8_t* p) {
 #pragma GCC unroll 16
@@ -66,19 +109,27 @@ PYENGINE_INLINE void fetch_tile(const uint8_t* p) {
 }
 
 template <bool kTwoRows, bool kTwoCols>
-static void multiply_block(const AmxBlock& b, const RowLayout& layout) {
-  const int64_t stride = layout.words * 4;
+static void multiply_block(const AmxBlock& block, const AmxStrides& strides) {
+  const AmxBlock b = block;
+  const AmxStrides st = strides;
+  const int64_t stride = st.ldx * 4;
   const char* x = reinterpret_cast<const char*>(b.x);
   const char* x_high = x + kAmxTileRows * stride;
-  const int64_t low_rows = smaller(b.rows, kAmxTileRows);
+  PendingGroup pending;
+  pending.side = b.x + st.inputs / 4;
+  pending.y = b.y;
+  pending.rows = b.rows;
+  pending.scale[0] = b.scale[0];
+  pending.scale[1] = b.scale[1];
   int64_t at = 0;  // bytes into the columns of tiles
-  for (int64_t g = 0; g < layout.groups; ++g) {
+  for (int64_t g = 0; g < st.groups; ++g) {
     _tile_zero(0);
     if (kTwoCols) _tile_zero(1);
     if (kTwoRows) _tile_zero(2);
     if (kTwoRows && kTwoCols) _tile_zero(3);
-    const int64_t end = smaller((g + 1) * kInputGroup, layout.inputs);
-    for (int64_t k = g * kInputGroup; k < end; k += ops::kQuantPad, at += kAmxTileBytes) {
+    const int64_t end = smaller((g + 1) * kInputGroup, st.inputs);
+    int64_t step = 0;
+    for (int64_t k = g * kInputGroup; k < end; k += ops::kQuantPad, at += kAmxTileBytes, ++step) {
       _tile_loadd(4, x + k, stride);
       _tile_loadd(6, b.w[0] + at, 64);
       _tile_dpbsud(0, 4, 6);
@@ -93,24 +144,29 @@ static void multiply_block(const AmxBlock& b, const RowLayout& layout) {
         _tile_dpbsud(2, 5, 6);
         if (kTwoCols) _tile_dpbsud(3, 5, 7);
       }
+      add_pending<kTwoCols>(pending, st, step);
     }
-    _tile_stored(0, b.sums, 64);
-    if (kTwoCols) _tile_stored(1, b.sums + 256, 64);
-    if (kTwoRows) _tile_stored(2, b.sums + 512, 64);
-    if (kTwoRows && kTwoCols) _tile_stored(3, b.sums + 768, 64);
-    add_group<kTwoCols>(b, 0, low_rows, b.sums, g, layout);
-    if (kTwoRows) {
-      add_group<kTwoCols>(b, kAmxTileRows, b.rows - kAmxTileRows, b.sums + 512, g, layout);
-    }
+    if (pending.sums != nullptr) finish_pending<kTwoCols>(pending, st, step);
+    int32_t* sums = b.sums + g % 2 * kSumWords;
+    _tile_stored(0, sums, 64);
+    if (kTwoCols) _tile_stored(1, sums + 256, 64);
+    if (kTwoRows) _tile_stored(2, sums + 512, 64);
+    if (kTwoRows && kTwoCols) _tile_stored(3, sums + 768, 64);
+    pending.sums = sums;
+    if (g > 0) ++pending.side;
+    pending.first = g == 0;
+    pending.last = g + 1 == st.groups;
   }
+  finish_pending<kTwoCols>(pending, st, 0);
 }
 
 template <class Layer>
 static int64_t scratch_floats_amx(int64_t in_features, int64_t rows, int64_t cols) {
-  const int64_t own = rows * ((cols + 15) / 16 * 16) + 4 * 256 +
-                      (Layer::kWordsPerLine == 2 ? RowLayout(in_features).inputs * 8 : 0);
+  const int64_t padded = (cols + 15) / 16 * 16;
+  const int64_t own = kAmxBlockRows * padded + 2 * kSumWords +
+                      (Layer::kWordsPerLine == 2 ? RowLayout(in_features).inputs * padded / 4 : 0);
   const int64_t few = scratch_floats_quant<Layer>(in_features, rows, cols);
-  return own > few ? own : few;
+  return rows < kAmxLeastRows ? few : own;
 }
 
 template <class Layer>
@@ -122,49 +178,53 @@ static void run_amx(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0,
     return;
   }
   const RowLayout layout(j.in_features);
+  const AmxStrides strides = {layout.inputs, layout.groups, layout.words, ldc};
   constexpr bool kNibbles = Layer::kWordsPerLine == 2;
-  const int64_t tile_bytes = layout.inputs * (kNibbles ? 8 : 16);
-  const int64_t tile_groups = layout.inputs / kNibbleGroup * 16;
+  const int64_t first_tile = col0 / ops::kTileColumns, tile_bytes = layout.inputs * 16;
   AmxBlock b;
-  b.ldy = ldc;
-  b.sums = reinterpret_cast<int32_t*>(scratch + rows * ldc);
-  auto* unpacked = reinterpret_cast<uint8_t*>(b.sums + 4 * 256);
-  const int64_t last_rows = (rows - 1) % kAmxBlockRows + 1;
-  const QuantTileConfig whole(kAmxBlockRows), last(last_rows);
+  b.sums = reinterpret_cast<int32_t*>(scratch + kAmxBlockRows * ldc);
+  const uint8_t* w = static_cast<const uint8_t*>(j.w) + first_tile * tile_bytes;
+  if constexpr (kNibbles) {
+    auto* unpacked = reinterpret_cast<uint8_t*>(b.sums + 2 * kSumWords);
+    for (int64_t t = 0; t < ldc / 16; ++t) {
+      const int64_t tile = first_tile + t;
+      unpack_tile(static_cast<const uint8_t*>(j.w) + tile * tile_bytes / 2,
+                  j.w_group + tile * (layout.inputs / kNibbleGroup * 16), layout.inputs,
+                  unpacked + t * tile_bytes);
+    }
+    w = unpacked;
+  }
+  const QuantTileConfig whole(kAmxBlockRows), last((rows - 1) % kAmxBlockRows + 1);
   const QuantTileConfig* current = nullptr;
-  for (int64_t col = 0; col < cols; col += kAmxBlockCols) {
-    const bool two_cols = cols - col > ops::kTileColumns;
-    const int64_t tile = (col0 + col) / ops::kTileColumns;
-    const uint8_t* w = static_cast<const uint8_t*>(j.w) + tile * tile_bytes;
-    for (int c = 0; c < (two_cols ? 2 : 1); ++c) {
-      if constexpr (kNibbles) {
-        b.w[c] = unpacked + c * layout.inputs * 16;
-        unpack_tile(w + c * tile_bytes, j.w_group + (tile + c) * tile_groups, layout.inputs,
-                    unpacked + c * layout.inputs * 16);
+  // Rows outside, columns inside: sums stay in the first-level cache until they are finished.
+  for (int64_t r = 0; r < rows; r += kAmxBlockRows) {
+    b.x = static_cast<const int32_t*>(j.x) + (row0 + r) * layout.words;
+    b.rows = smaller(kAmxBlockRows, rows - r);
+    const QuantTileConfig* config = b.rows == kAmxBlockRows ? &whole : &last;
+    if (config != current) _tile_loadconfig(config);
+    current = config;
+    for (int64_t col = 0; col < cols; col += kAmxBlockCols) {
+      const bool two_cols = cols - col > ops::kTileColumns;
+      for (int c = 0; c < 2; ++c) {
+        const int64_t at = col + c * 16;
+        b.w[c] = w + at / 16 * tile_bytes;
+        const bool fetch = !kNibbles && r == 0 && cols - at > kAmxBlockCols;
+        b.next[c] = fetch ? b.w[c] + 2 * tile_bytes : nullptr;
+        b.scale[c] = at < cols ? load_upto(j.w_scale + col0 + at, cols - at) : zero();
+      }
+      b.y = scratch + col;
+      if (b.rows > kAmxTileRows) {
+        two_cols ? multiply_block<true, true>(b, strides) : multiply_block<true, false>(b, strides);
       } else {
-        b.w[c] = w + c * tile_bytes;
+        two_cols ? multiply_block<false, true>(b, strides)
+                 : multiply_block<false, false>(b, strides);
       }
     }
-    for (int64_t r = 0; r < rows; r += kAmxBlockRows) {
-      b.x = static_cast<const int32_t*>(j.x) + (row0 + r) * layout.words;
-      b.rows = smaller(kAmxBlockRows, rows - r);
-      b.y = scratch + r * ldc + col;
-      for (int c = 0; c < 2; ++c) {
-        const bool fetch = !kNibbles && r == 0 && cols - col > kAmxBlockCols + c * 16;
-        b.next[c] = fetch ? b.w[0] + (2 + c) * tile_bytes : nullptr;
-      }
-      const QuantTileConfig* config = b.rows == kAmxBlockRows ? &whole : &last;
-      if (config != current) _tile_loadconfig(config);
-      current = config;
-      if (b.rows > kAmxTileRows) {
-        two_cols ? multiply_block<true, true>(b, layout) : multiply_block<true, false>(b, layout);
-      } else {
-        two_cols ? multiply_block<false, true>(b, layout) : multiply_block<false, false>(b, layout);
-      }
+    for (int64_t i = 0; i < b.rows; ++i) {
+      finish_row(j, row0 + r + i, col0, cols, scratch + i * ldc);
     }
   }
   _tile_release();
-  finish_rows(j, row0, row1, col0, cols, scratch, ldc);
 }
 
 constexpr DenseKernels kDenseInt8Amx = {

@@ -7,7 +7,7 @@
 //   sum_of            over lanes, wrapping
 //   Inputs, Bytes     four signed inputs for every lane, and four unsigned weights in each lane, in the
 //                     form that `dot` wants them
-//   dot(acc, w, x)    acc + w[0] x[0] + … + w[3] x[3] in each lane, exact on every instruction set:
+//   dot(acc, w, x)    acc += w[0] x[0] + … + w[3] x[3] in each lane, exact on every instruction set:
 //                     vpdpbusd where there is one, else 16-bit products of the even and odd bytes
 //                     (vpmaddubsw would saturate)
 //   Group             the (multiplier, zero point) of a group of int4 weights, for each lane
@@ -145,17 +145,23 @@ PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-using Inputs = Vi;
 using Bytes = Vi;
-PYENGINE_INLINE Inputs inputs(int32_t word) { return set1(word); }
 PYENGINE_INLINE Bytes bytes(Vi words) { return words; }
-PYENGINE_INLINE Vi dot(Vi acc, Bytes w, Inputs x) {
 #if defined(__AVX512VNNI__)
-  return _mm512_dpbusd_epi32(acc, w, x);
-#else
-  return _mm256_dpbusd_avx_epi32(acc, w, x);
-#endif
+using Inputs = const int32_t*;
+PYENGINE_INLINE Inputs inputs(const int32_t* word) { return word; }
+// gcc 12 moves sums that are written as intrinsics from register to register between the steps of a
+// loop, which halves its speed.
+PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
 }
+#else
+using Inputs = Vi;
+PYENGINE_INLINE Inputs inputs(const int32_t* word) { return set1(*word); }
+PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+}
+#endif
 
 #else
 
@@ -165,15 +171,15 @@ struct Inputs {
 struct Bytes {
   Vi even, odd;
 };
-PYENGINE_INLINE Inputs inputs(int32_t word) {
-  const Vi x = set1(word);
+PYENGINE_INLINE Inputs inputs(const int32_t* word) {
+  const Vi x = set1(*word);
   return {even_signed(x), odd_signed(x)};
 }
 PYENGINE_INLINE Bytes bytes(Vi words) {
   return {bit_and(words, set1(0x00ff00ff)), odd_unsigned(words)};
 }
-PYENGINE_INLINE Vi dot(Vi acc, Bytes w, Inputs x) {
-  return add(acc, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
+  acc = add(acc, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
 }
 
 #endif
