@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ class Bystanders:
         passed, busy, own = (new - old for new, old in zip(self._last, before, strict=True))
         return max(0.0, busy - own) / passed if passed > 0 else 0.0
 
+    def wait(self, share: float, patience: float) -> None:
+        """Until they take no more than ``share`` for a second, or ``patience`` seconds are over."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            self.share()
+            time.sleep(1.0)
+            found = self.share()
+            if found is None or found <= share:
+                return
+
     def _read(self) -> tuple[int, int, int] | None:
         """Ticks of all processors that have passed, that were used, and that our processes used."""
         try:
@@ -130,12 +141,12 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare(
-    llm: LLM, peer: Peer, workload: workloads.Workload, pairs: int, max_others: float
+    llm: LLM, peer: Peer, workload: workloads.Workload, pairs: int, max_others: float, patience: float
 ) -> dict[str, Any]:
     """Rates of ``pairs`` pairs of runs, after one run of each that does not count, and their ratios.
 
     A pair during which others took more than ``max_others`` of the machine is repeated, until as many have
-    been in vain as were wanted.
+    been in vain as were wanted. ``patience``: seconds to wait for them before each pair.
     """
 
     def own_rate() -> float:
@@ -148,6 +159,7 @@ def compare(
     bystanders = Bystanders(os.getpid(), peer.pid)
     discarded = 0
     while len(own) < pairs:
+        bystanders.wait(max_others, patience)
         bystanders.share()
         if len(own) % 2 == 0:  # who goes first changes, so that a drift favours nobody
             a = own_rate()
@@ -199,6 +211,13 @@ def parse() -> argparse.Namespace:
         metavar="SHARE",
         help="repeat a pair while other processes take more of the machine (default %(default)s)",
     )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long before a pair for other processes to finish (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON line per workload, not a table")
     args = parser.parse_args()
     if args.pairs < 1:
@@ -248,7 +267,7 @@ def main() -> None:
     rows = []
     try:
         for workload in chosen:
-            rows.append({**about, **compare(llm, peer, workload, args.pairs, args.max_others)})
+            rows.append({**about, **compare(llm, peer, workload, args.pairs, args.max_others, args.patience)})
             if args.json:
                 print(json.dumps(rows[-1]), flush=True)
     finally:
