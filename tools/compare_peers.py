@@ -2,11 +2,11 @@
 """Compare pyengine with another engine, run by run in turn, and print the ratios with their spread.
 
 Machines drift, so only neighbouring runs are comparable, and a pair during which other processes compute does
-not count. The peer runs in an environment of its own, in a
-process that stays alive between runs, as pyengine does here; a run of one follows a run of the other, and
-each pair gives a ratio. The peer's script is imported there; it holds a function ``engine_NAME(dtype, model,
-threads)`` for each engine, which returns ``run(workload) -> (seconds to the first token, seconds in all)``,
-and ``rate(workload, ttft, total) -> tokens per second``, for the workloads of ``pyengine-cli bench``.
+not count. The peer runs in an environment of its own, in a process that stays alive between runs, as pyengine
+does here; a run of one follows a run of the other, and each pair gives a ratio. The peer's script is imported
+there; it holds a function ``engine_NAME(dtype, model, threads)`` for each engine, which returns
+``run(workload) -> (seconds to the first token, seconds in all)``, and ``rate(workload, ttft, total) -> tokens
+per second``, for the workloads of ``pyengine-cli bench``.
 
     tools/compare_peers.py --peers-python peers-env/env/bin/python --peers-script peers.py \\
         --peer ov --peer-dtype f32 --peer-model peers-env/models/ov-fp32 \\
