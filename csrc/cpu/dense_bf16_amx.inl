@@ -50,7 +50,7 @@ struct TileBlock {
 
 PYENGINE_INLINE void prefetch_tile(const float* w) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kTileWords; ++i) __builtin_prefetch(w + i * kTile, 0, 2);
+  for (int i = 0; i < kTileWords; ++i) __builtin_prefetch(w + i * kTile, 0, 3);
 }
 
 // kRowTiles x kColTiles tiles of sums; at most 2 x 2, or 1 x 4.
@@ -115,29 +115,14 @@ static void multiply_tiles(const TileBlock& b) {
   }
 }
 
-// `cols` column tiles of a block, for every row tile.
-static void multiply_row_tiles(const TileBlock& block, int64_t col_tiles, int64_t rows,
-                               int64_t row_words) {
-  const int64_t row_tiles = (rows + kTileRowsAmx - 1) / kTileRowsAmx;
-  // The last tile ends with the last row: the rows that it shares with the one before it come out
-  // the same, in sums of its own.
-  auto first_row = [&](int64_t tile) {
-    return rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
-  };
-  TileBlock b = block;
-  for (int64_t t = 0; t < row_tiles; t += 2) {
-    const int64_t row = first_row(t);
-    b.x = block.x + row * row_words;
-    b.c = block.c + t * block.c_second;
-    b.from_memory = block.from_memory && t == 0;
-    if (t + 1 < row_tiles) {
-      b.x_second = (first_row(t + 1) - row) * row_words;
-      col_tiles == 2 ? multiply_tiles<2, 2>(b) : multiply_tiles<2, 1>(b);
-    } else if (col_tiles == 4) {
-      multiply_tiles<1, 4>(b);
-    } else {
-      col_tiles == 2 ? multiply_tiles<1, 2>(b) : multiply_tiles<1, 1>(b);
-    }
+// One or two row tiles times one, two or (of one row tile) four column tiles.
+static void multiply_tile_block(const TileBlock& b, int64_t row_tiles, int64_t col_tiles) {
+  if (row_tiles == 2) {
+    col_tiles == 2 ? multiply_tiles<2, 2>(b) : multiply_tiles<2, 1>(b);
+  } else if (col_tiles == 4) {
+    multiply_tiles<1, 4>(b);
+  } else {
+    col_tiles == 2 ? multiply_tiles<1, 2>(b) : multiply_tiles<1, 1>(b);
   }
 }
 
@@ -173,74 +158,87 @@ static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
   const int64_t col_tiles = (cols + kTile - 1) / kTile, ldc = col_tiles * kTile;
   const int64_t row_tiles = (rows + kTileRowsAmx - 1) / kTileRowsAmx;
   const bool is_packed = j.layout == ops::WeightLayout::packed;
-  const bool is_few = rows <= 2 * kTileRowsAmx;
-  float* c = scratch;
-  float* tails = c + row_tiles * kTileRowsAmx * ldc;  // the last words of up to 4 column tiles
+  float* sums = scratch;
+  float* tails = sums + row_tiles * kTileRowsAmx * ldc;  // the last words of up to 4 column tiles
   float* packed = tails + 4 * kTileFloats;
   const float* base = is_packed ? static_cast<const float*>(j.w) + col0 * words : packed;
   const float* x = static_cast<const float*>(j.x) + row0 * j.x_stride;
-  const int64_t at_once = rows <= kTileRowsAmx ? 4 : 2;  // column tiles
 
-  // Words [k0, k0 + count) of column tiles [t0, t0 + tiles).
-  auto multiply = [&](int64_t k0, int64_t count, int64_t t0, int64_t tiles) {
+  // The last tile ends with the last row: the rows that it shares with the one before it come out
+  // the same, in sums of its own.
+  auto first_row = [&](int64_t tile) {
+    return rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
+  };
+  // Words [k0, k0 + count) of all columns for row tile t and the next; c: their sums.
+  auto multiply = [&](int64_t k0, int64_t count, int64_t t, float* c) {
+    const int64_t rows_at_once = smaller(row_tiles - t, 2);
+    const int64_t most = rows_at_once == 1 ? 4 : 2;  // column tiles at once
     TileBlock b;
     b.w_tile = (is_packed ? words : count) * kTile;
-    b.w = base + t0 * b.w_tile + (is_packed ? k0 * kTile : 0);
-    b.x = x + k0;
+    b.x = x + first_row(t) * j.x_stride + k0;
+    b.x_second = rows_at_once == 1 ? 0 : (first_row(t + 1) - first_row(t)) * j.x_stride;
     b.x_stride = j.x_stride * 4;
-    b.steps = count / kTileWords;
-    b.c = c + t0 * kTile;
     b.c_second = kTileRowsAmx * ldc;
     b.c_stride = ldc * 4;
-    b.first = k0 == 0;
-    b.from_memory = is_packed;
-    if (b.steps > 0) multiply_row_tiles(b, tiles, rows, j.x_stride);
-    const int64_t done = b.steps * kTileWords;
-    if (done == count) return;
-    for (int64_t t = 0; t < tiles; ++t) {
-      float* to = tails + t * kTileFloats;
-      __builtin_memcpy(to, b.w + t * b.w_tile + done * kTile,
-                       static_cast<size_t>(count - done) * kTileStride);
-      __builtin_memset(to + (count - done) * kTile, 0,
-                       static_cast<size_t>(kTileWords - (count - done)) * kTileStride);
+    const int64_t steps = count / kTileWords, whole = steps * kTileWords;
+    for (int64_t at = 0, tiles; at < col_tiles; at += tiles) {
+      const int64_t left = col_tiles - at;
+      tiles = left >= most ? most : left >= 2 ? 2 : 1;
+      b.w = base + at * b.w_tile + (is_packed ? k0 * kTile : 0);
+      b.c = c + at * kTile;
+      b.steps = steps;
+      b.first = k0 == 0;
+      b.from_memory = is_packed && t == 0;
+      if (steps > 0) multiply_tile_block(b, rows_at_once, tiles);
+      if (whole == count) continue;
+      for (int64_t i = 0; i < tiles; ++i) {
+        float* to = tails + i * kTileFloats;
+        __builtin_memcpy(to, b.w + i * b.w_tile + whole * kTile,
+                         static_cast<size_t>(count - whole) * kTileStride);
+        __builtin_memset(to + (count - whole) * kTile, 0,
+                         static_cast<size_t>(kTileWords - (count - whole)) * kTileStride);
+      }
+      written();
+      TileBlock rest = b;
+      rest.w = tails;
+      rest.w_tile = kTileFloats;
+      rest.x += whole;
+      rest.steps = 1;
+      rest.first = b.first && steps == 0;
+      multiply_tile_block(rest, rows_at_once, tiles);
     }
-    written();
-    b.w = tails;
-    b.w_tile = kTileFloats;
-    b.x += done;
-    b.steps = 1;
-    b.first = b.first && done == 0;
-    b.from_memory = false;
-    multiply_row_tiles(b, tiles, rows, j.x_stride);
   };
-  auto multiply_columns = [&](int64_t k0, int64_t count) {
-    for (int64_t t = 0; t < col_tiles;) {
-      const int64_t left = col_tiles - t, tiles = left >= at_once ? at_once : left >= 2 ? 2 : 1;
-      multiply(k0, count, t, tiles);
-      t += tiles;
+  auto finish = [&](int64_t t, float* c) {
+    const int64_t end = smaller((t + 2) * kTileRowsAmx, rows);
+    for (int64_t r = t * kTileRowsAmx; r < end; ++r) {
+      const int64_t tile = r / kTileRowsAmx;
+      const int64_t line = (tile - t) * kTileRowsAmx + r - first_row(tile);
+      finish_row(j, row0 + r, col0, cols, c + line * ldc);
     }
   };
 
   configure_tiles(smaller(rows, kTileRowsAmx));
-  if (is_packed && is_few) {
-    multiply_columns(0, words);
+  if (is_packed) {
+    // Two row tiles of x lie in an L1 while all columns of a block pass by.
+    const int64_t block = row_tiles <= 2 ? words : kBlockWordsAmx;
+    for (int64_t t = 0; t < row_tiles; t += 2) {
+      for (int64_t k0 = 0; k0 < words; k0 += block) {
+        multiply(k0, smaller(block, words - k0), t, sums);
+      }
+      finish(t, sums);
+    }
   } else {
     for (int64_t k0 = 0; k0 < words; k0 += kBlockWordsAmx) {
       const int64_t count = smaller(kBlockWordsAmx, words - k0);
-      if (!is_packed) {
-        pack<LayerBf16>(j, k0, count, col0, col_tiles * kTile, packed, count);
-        written();
+      pack<LayerBf16>(j, k0, count, col0, col_tiles * kTile, packed, count);
+      written();
+      for (int64_t t = 0; t < row_tiles; t += 2) {
+        multiply(k0, count, t, sums + t * kTileRowsAmx * ldc);
       }
-      multiply_columns(k0, count);
     }
+    for (int64_t t = 0; t < row_tiles; t += 2) finish(t, sums + t * kTileRowsAmx * ldc);
   }
   _tile_release();
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t tile = r / kTileRowsAmx;
-    const int64_t first =
-        rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
-    finish_row(j, row0 + r, col0, cols, c + (tile * kTileRowsAmx + r - first) * ldc);
-  }
 }
 
 }  // namespace
