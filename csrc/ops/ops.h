@@ -11,7 +11,10 @@
 //   dense layers   y[n] = ((s_0 + s_1) + ...) + bias[n], where s_j is the chain from zero of
 //                  fma(x[k], w[k][n], s) over k in [256 j, 256 j + 256), k rising
 //                  (bf16: the pair (k, k+1) as fma(x[k], w[k], fma(x[k+1], w[k+1], s));
-//                  back ends without FMA round the product first; a short last block ends early)
+//                  back ends without FMA round the product first; a short last block ends early;
+//                  AMX tiles, bf16 only: y is one chain over 32 k's at a time, each adding the sum
+//                  of two chains of fma from zero, over the 16 even k's and over the 16 odd ones,
+//                  with subnormal numbers taken for zero)
 //   i8 weights     y[n] = scale[n] (s_0 i_0 + s_1 i_1 + ...) + bias[n], one chain of fma from zero:
 //   s_g
 //                  is the scale of 256 k's of the row, rounded to 8 bits, i_g their exact integer
