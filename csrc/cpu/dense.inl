@@ -115,7 +115,7 @@ static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, 
 }
 
 // y holds columns [col, col + n) of x w for one row, padded to whole vectors.
-static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, float* y) {
+static void activate_row(const DenseJob& j, int64_t col, int64_t n, float* y) {
   const float* bias = j.bias != nullptr ? j.bias + col : nullptr;
   switch (j.activation) {
     case ops::Activation::none:
@@ -135,6 +135,11 @@ static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, f
       activate(y, bias, n, [](Vf v) __attribute__((always_inline)) { return silu(v); });
       break;
   }
+}
+
+// The same, to where it belongs.
+static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, float* y) {
+  activate_row(j, col, n, y);
   const int64_t at = (row - j.out_row0) * j.out_stride + (col - j.out_col0);
   switch (j.store) {
     case Store::f32:
@@ -152,6 +157,8 @@ static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, f
     }
     case Store::qkv:
       scatter_qkv(j, row, col, n, y);
+      break;
+    case Store::quantized:  // dense_quant.inl
       break;
   }
 }

@@ -21,8 +21,7 @@ struct DenseItems {
 };
 
 // Items of `max_rows` rows at most, for `threads` workers.
-DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, int64_t max_rows,
-                     int threads);
+DenseItems cut_dense(int64_t unit, int64_t rows, int64_t cols, int64_t max_rows, int threads);
 
 // The kernels for weights of that dtype and layout; InternalError if there are none.
 const DenseKernels& dense_kernels(const Kernels& kernels, const ops::Weight& w);

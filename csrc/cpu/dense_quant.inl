@@ -30,7 +30,7 @@ struct RowLayout {
   explicit constexpr RowLayout(int64_t in_features)
       : inputs((in_features + ops::kQuantPad - 1) / ops::kQuantPad * ops::kQuantPad),
         groups((in_features + kInputGroup - 1) / kInputGroup),
-        words((inputs + groups * 8 + kLineBytes - 1) / kLineBytes * kLineBytes / 4) {}
+        words(ops::quantized_row_words(in_features)) {}
 
   const float* scales(const int32_t* row) const {
     return reinterpret_cast<const float*>(row + inputs / 4);
@@ -211,6 +211,30 @@ static void unpack_tile(const uint8_t* w, const uint8_t* group, int64_t inputs, 
   }
 }
 
+// One row of activated outputs, quantized as the next layer wants it. The item's columns begin and
+// end with groups, or with the row.
+static void store_quantized(const DenseJob& j, int64_t row, int64_t col, int64_t n, float* y) {
+  const RowLayout layout(j.out_features);
+  int32_t* out = static_cast<int32_t*>(j.out) + row * layout.words;
+  activate_row(j, col, n, y);
+  for (int64_t i = 0; i < n; i += kInputGroup) {
+    const int64_t k = col + i, g = k / kInputGroup;
+    quantize_group(y + i, smaller(kInputGroup, n - i), smaller(kInputGroup, layout.inputs - k),
+                   reinterpret_cast<int8_t*>(out) + k,
+                   reinterpret_cast<float*>(out + layout.inputs / 4) + g,
+                   out + layout.inputs / 4 + layout.groups + g);
+  }
+}
+
+PYENGINE_INLINE void finish_quant_row(const DenseJob& j, int64_t row, int64_t col, int64_t n,
+                                      float* y) {
+  if (j.store == Store::quantized) {
+    store_quantized(j, row, col, n, y);
+  } else {
+    finish_row(j, row, col, n, y);
+  }
+}
+
 // The last step: columns [col0, col0 + cols) of the rows from sums in c to their place.
 static void finish_rows(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t cols,
                         float* c, int64_t ldc) {
@@ -218,7 +242,7 @@ static void finish_rows(const DenseJob& j, int64_t row0, int64_t row1, int64_t c
     for (int64_t i = 0; i < cols; i += kLanes) {
       store(c + i, mul(load(c + i), load_upto(j.w_scale + col0 + i, cols - i)));
     }
-    finish_row(j, row, col0, cols, c);
+    finish_quant_row(j, row, col0, cols, c);
   }
 }
 

@@ -221,7 +221,7 @@ static void run_amx(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0,
       }
     }
     for (int64_t i = 0; i < b.rows; ++i) {
-      finish_row(j, row0 + r + i, col0, cols, scratch + i * ldc);
+      finish_quant_row(j, row0 + r + i, col0, cols, scratch + i * ldc);
     }
   }
   _tile_release();

@@ -20,6 +20,7 @@ enum class Store : uint8_t {
   residual,  // out[r][n] += y, f32
   qkv,  // columns [0, C) to out[r][n] f32 (not null), [C, 2C) to keys and [2C, 3C) to values of the
         // cache
+  quantized,  // out[r] = the quantized row (ops/types.h); of i8 weights only
 };
 
 // One layer of the KV cache (csrc/kv/layout.h), in bytes.

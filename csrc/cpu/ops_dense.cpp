@@ -23,8 +23,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // Columns [first_col, end_col); first_col is a multiple of panel_columns.
 void run_columns(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels,
                  int64_t first_col, int64_t end_col) {
+  // Outputs that are quantized belong to groups of the next layer's inputs.
+  const int64_t unit = job.store == Store::quantized ? ops::kInputGroup : kernels.panel_columns;
   const DenseItems items =
-      cut_dense(kernels, rows, end_col - first_col, kMaxItemRows, ctx.pool.num_threads());
+      cut_dense(unit, rows, end_col - first_col, kMaxItemRows, ctx.pool.num_threads());
   const int64_t size =
       round_up(kernels.scratch_floats(job.in_features, items.rows, items.cols), 16);
   float* scratch = ctx.arena.take<float>(size * ctx.pool.num_threads());
@@ -43,15 +45,15 @@ void run_items(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseK
 int64_t DenseItems::row1(int64_t item) const { return std::min(row0(item) + rows, total_rows); }
 int64_t DenseItems::col1(int64_t item) const { return std::min(col0(item) + cols, total_cols); }
 
-DenseItems cut_dense(const DenseKernels& kernels, int64_t rows, int64_t cols, int64_t max_rows,
-                     int threads) {
+DenseItems cut_dense(int64_t unit, int64_t rows, int64_t cols, int64_t max_rows, int threads) {
   DenseItems items;
   items.total_rows = rows;
   items.total_cols = cols;
   // Several items for each thread, so that none waits long for the last.
   const int64_t wanted = kItemsPerThread * threads;
-  const int64_t widest = rows <= 64 ? kMaxItemColumns : kMaxItemColumns / 2;
-  items.cols = std::min(round_up(ceil_div(cols, wanted), kernels.panel_columns), widest);
+  const int64_t widest =
+      std::max((rows <= 64 ? kMaxItemColumns : kMaxItemColumns / 2) / unit * unit, unit);
+  items.cols = std::min(round_up(ceil_div(cols, wanted), unit), widest);
   items.col_items = ceil_div(cols, items.cols);
   // Rows are cut further when columns alone do not occupy the threads; each part reads them all.
   int64_t parts = ceil_div(rows, max_rows);
@@ -82,6 +84,7 @@ const DenseKernels& dense_kernels(const Kernels& kernels, const ops::Weight& w) 
 DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops::Weight& w,
                        const float* bias) {
   const DenseKernels& kernels = dense_kernels(ctx.kernels, w);
+  const bool quantized = w.dtype == DType::i8 && w.input == DType::i8;
   const DType act = w.dtype == DType::i8 ? DType::f32 : w.dtype;
   const int64_t row_bytes = w.in_features * static_cast<int64_t>(size_of(act));
   DenseJob job;
@@ -95,7 +98,9 @@ DenseJob prepare_dense(ExecContext& ctx, const void* x, int64_t rows, const ops:
   job.out_features = w.out_features;
   job.bias = bias;
   const int64_t words = kernels.prepared_words(w.in_features);
-  if (words > 0) {
+  if (quantized) {
+    job.x_stride = words;
+  } else if (words > 0) {
     float* prepared = ctx.arena.take<float>(rows * words);
     ctx.pool.parallel_for(ceil_div(rows, kPrepareRows), [&](int64_t i, int) {
       const int64_t row = i * kPrepareRows;
@@ -166,7 +171,9 @@ void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, 
   ArenaScope scope(ctx.arena);
   cpu::DenseJob job = cpu::prepare_dense(ctx, x, num_rows, w, bias);
   job.activation = activation;
-  job.store = out_dtype == DType::bf16 ? cpu::Store::bf16 : cpu::Store::f32;
+  job.store = out_dtype == DType::bf16 ? cpu::Store::bf16
+              : out_dtype == DType::i8 ? cpu::Store::quantized
+                                       : cpu::Store::f32;
   job.out = out;
   job.out_stride = w.out_features;
   cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w));

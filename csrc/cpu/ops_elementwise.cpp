@@ -43,6 +43,18 @@ void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, DType wt
 void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t num_rows,
                 int64_t channels, const float* gain, const float* bias, float eps, void* out,
                 DType out_dtype) {
+  if (out_dtype == DType::i8) {
+    ArenaScope scope(ctx.arena);
+    const int64_t words = quantized_row_words(channels), padded = padded_to(channels, 16);
+    float* one_row = ctx.arena.take<float>(padded * ctx.pool.num_threads());
+    for_rows(ctx, num_rows, kItemRows, [&](int64_t r, int worker) {
+      float* y = one_row + worker * padded;
+      const int64_t row = rows != nullptr ? rows[r] : r;
+      ctx.kernels.layer_norm(x + row * channels, channels, gain, bias, eps, y, false);
+      ctx.kernels.dense_int8.prepare(y, 1, channels, static_cast<int32_t*>(out) + r * words);
+    });
+    return;
+  }
   const int64_t out_bytes = channels * static_cast<int64_t>(size_of(out_dtype));
   for_rows(ctx, num_rows, kItemRows, [&](int64_t r, int) {
     const int64_t row = rows != nullptr ? rows[r] : r;

@@ -98,22 +98,27 @@ void GPT2::require_rows(const Batch& batch, const int32_t* rows, int32_t num_row
   }
 }
 
+size_t GPT2::row_bytes(int64_t features) const {
+  return act_ == DType::i8 ? ops::quantized_row_words(features) * sizeof(int32_t)
+                           : features * size_of(act_);
+}
+
 // x += attn_out c_proj;  x += gelu(ln_2(x) c_fc) c_proj
 void GPT2::mlp(ExecContext& ctx, ProfiledStep& step, const Layer& layer, const void* attn_out,
                int64_t num_rows, float* x) {
   const int64_t channels = config_.n_embd;
-  const size_t act = size_of(dtype_);
+  const size_t act = size_of(act_), out = size_of(dtype_);
   const size_t updated = 2 * sizeof(float);  // bytes of a residual, read and written
   void* h = h_.buffer.data();
   void* ff = ff_.buffer.data();
-  step.enter(Part::attn_proj, dense_cost(layer.attn_c_proj.weight, num_rows, act, updated));
+  step.enter(Part::attn_proj, dense_cost(layer.attn_c_proj.weight, num_rows, out, updated));
   ops::linear_residual(ctx, attn_out, num_rows, layer.attn_c_proj.weight, layer.attn_c_proj.bias,
                        x);
   step.enter(Part::layer_norm, row_cost(num_rows, channels, sizeof(float), act));
   ops::layer_norm(ctx, x, nullptr, num_rows, channels, layer.ln_2.gain, layer.ln_2.bias,
-                  config_.layer_norm_epsilon, h, dtype_);
+                  config_.layer_norm_epsilon, h, act_);
   step.enter(Part::mlp_fc, dense_cost(layer.c_fc.weight, num_rows, act, act));
-  ops::linear(ctx, h, num_rows, layer.c_fc.weight, layer.c_fc.bias, config_.activation, ff, dtype_);
+  ops::linear(ctx, h, num_rows, layer.c_fc.weight, layer.c_fc.bias, config_.activation, ff, act_);
   step.enter(Part::mlp_proj, dense_cost(layer.mlp_c_proj.weight, num_rows, act, updated));
   ops::linear_residual(ctx, ff, num_rows, layer.mlp_c_proj.weight, layer.mlp_c_proj.bias, x);
 }
@@ -126,13 +131,13 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   if (has_run_) packed_.advance(ctx, kPackedPerStep + tokens * kPackedPerToken);
   has_run_ = true;
   const int64_t channels = config_.n_embd;
-  const size_t act = size_of(dtype_);
-  const size_t act_row = channels * act;
+  const size_t act = size_of(act_), attn_out = size_of(dtype_);
+  const size_t act_row = row_bytes(channels);
   float* x = x_.f32(tokens * channels);
   float* q = q_.f32(tokens * channels);
   h_.reserve((num_rows > tokens ? num_rows : tokens) * act_row);
-  attn_.reserve(tokens * act_row);
-  ff_.reserve(tokens * config_.n_inner * size_of(dtype_));
+  attn_.reserve(tokens * channels * attn_out);
+  ff_.reserve(tokens * row_bytes(config_.n_inner));
   void* h = h_.buffer.data();
   void* attn = attn_.buffer.data();
   chosen_.choose(view, rows, num_rows);
@@ -144,7 +149,7 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
       ops::copy_blocks(ctx, kv.layer(i), batch.block_copies(), batch.num_copies());
     }
   }
-  const Cost attention = step.on() ? attention_cost(view, kv.layout(), act) : Cost{};
+  const Cost attention = step.on() ? attention_cost(view, kv.layout(), attn_out) : Cost{};
   step.enter(Part::embed, row_cost(tokens, channels, 2 * act, sizeof(float)));
   if (wte_.dtype == DType::i8) {
     ops::embed(ctx, view, wte_, static_cast<const float*>(wpe_), x);
@@ -157,7 +162,7 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
     if (config_.scale_attn_by_inverse_layer_idx) scale /= static_cast<float>(i + 1);
     step.enter(Part::layer_norm, row_cost(tokens, channels, sizeof(float), act));
     ops::layer_norm(ctx, x, nullptr, tokens, channels, layer.ln_1.gain, layer.ln_1.bias,
-                    config_.layer_norm_epsilon, h, dtype_);
+                    config_.layer_norm_epsilon, h, act_);
     // Nobody reads the other rows of the last layer, which in a prompt are nearly all of them.
     const bool some_rows = i + 1 == config_.n_layer && chosen_.size() < tokens;
     // A third of the outputs is the query, float32; the rest goes to the cache.
@@ -188,7 +193,8 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
     query.operations = 2 * some * channels * channels;
     step.enter(Part::qkv, query);
     ops::query(ctx, last_h, some, layer.c_attn.weight, layer.c_attn.bias, q);
-    step.enter(Part::attention, step.on() ? attention_cost(some_view, kv.layout(), act) : Cost{});
+    step.enter(Part::attention,
+               step.on() ? attention_cost(some_view, kv.layout(), attn_out) : Cost{});
     ops::attention(ctx, q, some_view, kv.layer(i), scale, attn, dtype_);
     mlp(ctx, step, layer, attn, some, last_x);
     x = last_x;
@@ -196,7 +202,7 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   }
   step.enter(Part::layer_norm, row_cost(num_rows, channels, sizeof(float), act));
   ops::layer_norm(ctx, x, rows, num_rows, channels, ln_f_.gain, ln_f_.bias,
-                  config_.layer_norm_epsilon, h, dtype_);
+                  config_.layer_norm_epsilon, h, act_);
   return h;
 }
 
@@ -222,15 +228,14 @@ void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& ba
   float* logits = nullptr;
   if (num_sampled > 0) {
     logits = logits_.f32(static_cast<int64_t>(num_sampled) * config_.vocab_size);
-    step.enter(Part::head, dense_cost(head_, num_sampled, size_of(dtype_), sizeof(float)));
+    step.enter(Part::head, dense_cost(head_, num_sampled, size_of(act_), sizeof(float)));
     ops::linear(ctx, h, num_sampled, head_, nullptr, ops::Activation::none, logits, DType::f32);
   }
   step.enter(Part::sampling, row_cost(num_sampled, config_.vocab_size, sizeof(float), 0));
   sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sample_slots_.data(),
                  sample_positions_.data(), result);
-  score(ctx, step,
-        static_cast<const std::byte*>(h) + num_sampled * config_.n_embd * size_of(dtype_), scored,
-        result);
+  score(ctx, step, static_cast<const std::byte*>(h) + num_sampled * row_bytes(config_.n_embd),
+        scored, result);
 }
 
 void GPT2::score(ExecContext& ctx, ProfiledStep& step, const void* h, const ScoredRows& scored,
@@ -239,7 +244,7 @@ void GPT2::score(ExecContext& ctx, ProfiledStep& step, const void* h, const Scor
   result.scores.resize(n);
   result.score_tops.assign(n, {});
   if (n == 0) return;
-  step.enter(Part::score, dense_cost(head_, n, size_of(dtype_), 0));
+  step.enter(Part::score, dense_cost(head_, n, size_of(act_), 0));
   top_ids_.resize(static_cast<size_t>(n) * top_n);
   top_logprobs_.resize(top_ids_.size());
   ops::score_rows(ctx, h, n, head_, scored.targets, top_n, result.scores.data(), top_ids_.data(),
@@ -271,7 +276,7 @@ void GPT2::forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int3
   require_rows(batch, rows, num_rows);
   const void* h = hidden_states(ctx, step, kv, batch, rows, num_rows);
   if (num_rows == 0) return;
-  step.enter(Part::head, dense_cost(head_, num_rows, size_of(dtype_), sizeof(float)));
+  step.enter(Part::head, dense_cost(head_, num_rows, size_of(act_), sizeof(float)));
   ops::linear(ctx, h, num_rows, head_, nullptr, ops::Activation::none, logits, DType::f32);
 }
 

@@ -117,9 +117,12 @@ class GPT2 {
   void score(ExecContext& ctx, ProfiledStep& step, const void* h, const ScoredRows& scored,
              StepResult& result);
 
+  size_t row_bytes(int64_t features) const;  // of a row that a dense layer reads
+
   GPT2Config config_;
-  DType dtype_;
-  ops::Weight wte_;  // of the dtype that it has in the file
+  DType dtype_;         // of attention's output, and of float weights
+  DType act_ = dtype_;  // of what layer norms and c_fc write: i8 for quantised weights
+  ops::Weight wte_;     // of the dtype that it has in the file
   const void* wpe_ = nullptr;
   std::vector<Layer> layers_;
   Norm ln_f_;
@@ -128,11 +131,11 @@ class GPT2 {
   PackedWeights packed_;
   bool has_run_ = false;
 
-  // T, R, C as in ops.h; act is dtype_.
+  // T, R, C as in ops.h; act is act_.
   Activations x_;       // (T, C) f32: the residual stream
   Activations h_;       // (T, C) act: what a dense layer reads
   Activations q_;       // (T, C) f32
-  Activations attn_;    // (T, C) act
+  Activations attn_;    // (T, C) of dtype_
   Activations ff_;      // (T, n_inner) act
   Activations last_x_;  // (R, C) f32: chosen rows of the last layer
   Activations last_h_;  // (R, C) act

@@ -204,6 +204,29 @@ GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
   head_ = load.has("lm_head.weight")
               ? load.weight("lm_head", ops::WeightLayout::out_in, channels, config.vocab_size)
               : wte_;
+  int quantized = 0, matrices = 0;
+  auto count = [&](ops::Weight& weight, DType input) {
+    ++matrices;
+    if (weight.dtype != DType::i8) return;
+    ++quantized;
+    weight.input = input;
+  };
+  for (Layer& layer : layers_) {
+    count(layer.c_attn.weight, DType::i8);
+    count(layer.attn_c_proj.weight, DType::f32);  // attention's output
+    count(layer.c_fc.weight, DType::i8);
+    count(layer.mlp_c_proj.weight, DType::i8);
+  }
+  count(head_, DType::i8);
+  count(wte_, DType::i8);
+  if (quantized > 0) {
+    if (quantized < matrices) {
+      throw CheckpointError("only " + std::to_string(quantized) + " of " +
+                            std::to_string(matrices) +
+                            " matrices are quantised: all must be, or none");
+    }
+    act_ = DType::i8;
+  }
   auto pack_later = [&](ops::Weight& w) {
     if (w.dtype != DType::i8) packed_.add(&w);
   };

@@ -40,6 +40,9 @@ struct Weight {
   int64_t out_features = 0;        // N
   const float* scale = nullptr;    // (N,) of i8: a weight is its integer times its column's scale
   const uint8_t* group = nullptr;  // of packed_nibbles
+  // Of i8: what x is, f32 rows that are quantized when read, or i8, rows that layer_norm or linear
+  // have quantized (quantized_row_words). Both give the same bits.
+  DType input = DType::f32;
 };
 
 // One step's tokens: sequence b owns tokens [query_start[b], query_start[b + 1]), which are the
@@ -66,7 +69,7 @@ void embed(ExecContext& ctx, const RaggedBatch& batch, const Weight& wte, const 
            float* x);
 
 // out[r] = (x[row] - mean) / sqrt(var + eps) * gain + bias, row = rows ? rows[r] : r
-//   x (*, C) f32; gain, bias (C,); out (R, C) of out_dtype
+//   x (*, C) f32; gain, bias (C,); out (R, C) of out_dtype; i8: quantized rows
 void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t num_rows,
                 int64_t channels, const float* gain, const float* bias, float eps, void* out,
                 DType out_dtype);
@@ -92,7 +95,7 @@ bool quantize(ExecContext& ctx, const Weight& w, const float* factor, const Quan
 void row_rms(ExecContext& ctx, const Weight& w, float* rms);
 
 // out = activation(x w + bias)
-//   x (R, K) act; bias (N,) or null; out (R, N) of out_dtype
+//   x (R, K) act; bias (N,) or null; out (R, N) of out_dtype; i8 (i8 weights only): quantized rows
 void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
             Activation activation, void* out, DType out_dtype);
 

@@ -42,6 +42,15 @@ constexpr int64_t kQuantPad = 64;     // k's that i8 weights are padded to
 constexpr int64_t kNibbleGroup = 32;  // k's that share a multiplier and a zero point
 constexpr int64_t kInputGroup = 256;  // k's of a quantised input row that share a scale
 
+// A quantized row of K inputs, as dense layers of i8 weights read it: K padded to kQuantPad bytes,
+// then for each kInputGroup k's the scale (f32), then for each -128 times the sum of its integers
+// (i32), rounded up to cache lines.
+constexpr int64_t quantized_row_words(int64_t in_features) {
+  const int64_t padded = (in_features + kQuantPad - 1) / kQuantPad * kQuantPad;
+  const int64_t groups = (in_features + kInputGroup - 1) / kInputGroup;
+  return (padded + groups * 8 + 63) / 64 * 16;
+}
+
 // Bytes of i8 weights, of weights in nibbles, and of their groups.
 constexpr int64_t padded_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 constexpr int64_t int8_bytes(int64_t in_features, int64_t out_features) {
