@@ -146,8 +146,10 @@ def test_errors(llm: LLM, checkpoint: Callable[[str], Path], monkeypatch: pytest
     closed = LLM(checkpoint("gelu"))
 
     async def close() -> None:
-        stream = closed.astream([1], LONG)
-        await anext(stream)
+        with paused(closed, after=1):
+            stream = closed.astream([1], LONG)
+            await anext(stream)
+            closed._thread.stop()
         closed.close()
         async for _ in stream:
             pass

@@ -17,7 +17,7 @@ import pytest
 import pyengine
 from pyengine import LLM, ConfigError, InternalError, RequestError, RequestOutput, SamplingParams
 
-from .waiting import blocks_in_use, wait_until, wait_until_idle
+from .waiting import blocks_in_use, paused, wait_until, wait_until_idle
 
 PROMPT = "Once upon a time there was a little"
 LONG = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
@@ -175,29 +175,33 @@ def test_stream_adds_up_to_generate(llm: LLM) -> None:
 
 
 def test_closing_a_stream_frees_its_blocks(llm: LLM) -> None:
-    stream = llm.stream(PROMPT, LONG)
-    next(stream)
-    assert blocks_in_use(llm) > 0
-    stream.close()
+    aborted = llm.stats().aborted
+    with paused(llm, after=1):
+        stream = llm.stream(PROMPT, LONG)
+        next(stream)
+        assert blocks_in_use(llm) > 0
+        stream.close()
     wait_until(lambda: blocks_in_use(llm) == 0)
-    forgotten = llm.stream(PROMPT, LONG)
-    next(forgotten)
-    del forgotten
-    gc.collect()
+    with paused(llm, after=1):
+        forgotten = llm.stream(PROMPT, LONG)
+        next(forgotten)
+        del forgotten
+        gc.collect()
     wait_until(lambda: blocks_in_use(llm) == 0)
-    llm.stream(PROMPT, LONG)  # never begun
-    gc.collect()
+    with paused(llm):
+        llm.stream(PROMPT, LONG)  # never begun
+        gc.collect()
     wait_until(lambda: not llm._engine.requests)
-    assert llm.stats().aborted >= 2
+    assert llm.stats().aborted == aborted + 3
 
 
 def test_abort_ends_a_stream(llm: LLM) -> None:
-    deltas = []
-    for delta in llm.stream(PROMPT, LONG, request_id="mine"):
-        deltas.append(delta)
-        if len(deltas) == 3:
-            llm.abort("mine")
-    assert 4 <= len(deltas) < 400
+    with paused(llm, after=3):
+        stream = llm.stream(PROMPT, LONG, request_id="mine")
+        deltas = [next(stream) for _ in range(3)]
+        llm.abort("mine")
+    deltas += stream
+    assert 4 <= len(deltas) <= 5
     assert deltas[-1].finish_reason == "abort" and deltas[-1].request_id == "mine"
     llm.abort("mine")
     llm.abort("nobody's")
@@ -235,13 +239,13 @@ def test_threads(llm: LLM) -> None:
 
 
 def test_a_failing_step_fails_every_caller(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = llm.stream(PROMPT, LONG)
-    next(stream)
-
     def fail(*_: object) -> None:
         raise InternalError("as the test asked")
 
-    monkeypatch.setattr(llm._engine.scheduler, "schedule", fail)
+    with paused(llm, after=1):
+        stream = llm.stream(PROMPT, LONG)
+        next(stream)
+        monkeypatch.setattr(llm._engine.scheduler, "schedule", fail)
     with pytest.raises(InternalError, match="given up.*as the test asked"):
         llm.generate(PROMPT, LONG)
     with pytest.raises(InternalError, match="given up.*as the test asked"):

@@ -35,6 +35,7 @@ def test_an_id_is_taken_from_the_call_to_the_end(llm: LLM) -> None:
     list(first)
     list(llm.stream([2], GREEDY, request_id="mine"))
     held = llm.stream([1], GREEDY, request_id="mine")
+    wait_until_idle(llm)
     with paused(llm):
         begun = llm.stream([1], GREEDY, request_id="yours")
         with pytest.raises(

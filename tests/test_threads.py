@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyengine import LLM, ClosedError, InternalError, PyEngineError, RequestError, SamplingParams
+from pyengine.engine.generation import Generation
+from pyengine.engine.scoring import Scoring
 
 from .waiting import blocks_in_use, paused, wait_until, wait_until_idle
 
@@ -255,10 +258,9 @@ def test_repr_and_context_manager(checkpoint: Callable[[str], Path]) -> None:
 
 def test_closing_ends_every_caller(checkpoint: Callable[[str], Path]) -> None:
     llm = LLM(checkpoint("gelu"), max_num_seqs=2, max_queue_size=1)
-    begun = llm.stream([1], LONG)
-    next(begun)
-
-    with paused(llm):
+    with paused(llm, after=1):
+        begun = llm.stream([1], LONG)
+        next(begun)
         workers: list[Callable[[], object]] = [
             lambda: llm.generate([[2]] * 3, LONG),
             lambda: list(llm.stream([3], LONG)),
@@ -318,21 +320,22 @@ def test_progress_and_outputs_of_scores(llm: LLM, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.endswith("\r3/3 texts, 201 tokens\n")
 
 
-def test_a_long_list_to_score_does_not_keep_others_waiting(llm: LLM) -> None:
+def test_a_long_list_to_score_does_not_keep_others_waiting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [[number % 300] * 150 for number in range(400)]
-    done: list[str] = []
-
-    def score() -> None:
-        llm.score(texts)
-        done.append("score")
-
-    thread = threading.Thread(target=score)
-    thread.start()
-    wait_until(lambda: llm.stats().scored_tokens > 0)
-    llm.generate([1], GREEDY, priority=-1)
-    done.append("generate")
-    thread.join(60)
-    assert done == ["generate", "score"]
+    ended: list[type] = []
+    count = llm._engine.counters.count_request
+    spy = lambda request: (ended.append(type(request)), count(request))  # noqa: E731
+    monkeypatch.setattr(llm._engine.counters, "count_request", spy)
+    with paused(llm, after=2):
+        threads = [threading.Thread(target=llm.score, args=(texts,))]
+        threads[0].start()
+        wait_until(lambda: llm.stats().scored_tokens > 0)
+        threads.append(threading.Thread(target=llm.generate, args=([1], GREEDY), kwargs={"priority": -1}))
+        threads[1].start()
+        wait_until(lambda: any(isinstance(one, Generation) for one in list(llm._thread._open.values())))
+    for thread in threads:
+        thread.join(60)
+    assert len(ended) == 401 and ended[-1] is Scoring and ended.index(Generation) < 300
 
 
 @pytest.mark.parametrize("priority", [True, 1.5, "high", 2**31, [0, 1], None])
@@ -349,22 +352,27 @@ def test_priorities_are_checked(llm: LLM, priority: Any) -> None:
 def test_an_engine_thread_that_dies_fails_every_caller(checkpoint: Callable[[str], Path]) -> None:
     """SystemExit appears in the thread, as sys.exit() in a signal handler of an embedding program would."""
     llm = LLM(checkpoint("gelu"))
+    gate = ExitStack()
+    gate.enter_context(paused(llm, after=1))
     begun = llm.stream([1], LONG)
     next(begun)
     thread = llm._thread._thread
     assert thread is not None and thread.ident is not None
 
     def kill() -> None:
-        wait_until(lambda: len(llm._thread._open) >= 4)
+        wait_until(lambda: len(llm._thread._open) == 1 + 2 * 20 + 30)
         set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
         assert set_exception(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1  # type: ignore[arg-type]
+        gate.close()
 
-    endless = [[number % 300] * 100 for number in range(100_000)]
     results = in_threads(
-        kill, *[lambda: llm.generate([[2]] * 200, LONG)] * 2, lambda: llm.score(endless), lambda: list(begun)
+        kill,
+        *[lambda: llm.generate([[2]] * 20, LONG)] * 2,
+        lambda: llm.score([[3] * 100] * 30),
+        lambda: list(begun),
     )
     assert results[0] is None
-    for result in results[1:4]:
+    for result in results[1:]:
         assert isinstance(result, InternalError), result
     assert not thread.is_alive()
     with pytest.raises(InternalError, match="the thread of the engine died: SystemExit"):
