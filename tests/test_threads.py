@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from pyengine import LLM, ClosedError, InternalError, PyEngineError, RequestError, SamplingParams
 from pyengine.engine.generation import Generation
+from pyengine.engine.request import Request
 from pyengine.engine.scoring import Scoring
 
 from .waiting import blocks_in_use, paused, wait_until, wait_until_idle
@@ -160,27 +161,29 @@ def test_the_queue_is_bounded(checkpoint: Callable[[str], Path]) -> None:
     llm = LLM(checkpoint("gelu"), max_num_seqs=1, max_queue_size=2)
     with pytest.raises(PyEngineError, match="max_queue_size"):
         LLM(checkpoint("gelu"), max_queue_size=0)
-    entered: list[str] = []
+    entered: list[int] = []  # priorities of requests as they enter the queue
+    add = llm._engine.add
 
-    def enter(name: str, priority: int) -> None:
-        stream = llm.stream([2], GREEDY, priority=priority)
-        entered.append(name)
-        assert len(list(stream)) == 30
+    def watched(request: Request) -> None:
+        entered.append(request.priority)
+        add(request)
+
+    llm._engine.add = watched  # type: ignore[method-assign]
+
+    def enter(priority: int) -> None:
+        assert len(list(llm.stream([2], GREEDY, priority=priority))) == 30
 
     with paused(llm, after=1):
         first = llm.stream([1], LONG)
         next(first)
-        threads = [
-            threading.Thread(target=enter, args=(name, priority))
-            for name, priority in (("a", 0), ("b", 0), ("late", 1), ("soon", 0))
-        ]
+        threads = [threading.Thread(target=enter, args=(priority,)) for priority in (0, 0, 1, 0)]
         for number, thread in enumerate(threads, 2):
             thread.start()
             wait_until(lambda number=number: len(llm._thread._open) == number)  # type: ignore[misc]
     for thread in threads:
         thread.join(60)
     assert len(list(first)) == 149
-    assert len(entered) == 4 and entered[-1] == "late"
+    assert entered == [0, 0, 0, 0, 1]
     assert llm.stats().waiting == 0
     outputs = llm.generate([[3]] * 20, GREEDY)
     assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
@@ -324,8 +327,12 @@ def test_a_long_list_to_score_does_not_keep_others_waiting(llm: LLM, monkeypatch
     texts = [[number % 300] * 150 for number in range(400)]
     ended: list[type] = []
     count = llm._engine.counters.count_request
-    spy = lambda request: (ended.append(type(request)), count(request))  # noqa: E731
-    monkeypatch.setattr(llm._engine.counters, "count_request", spy)
+
+    def watched(request: Request) -> None:
+        ended.append(type(request))
+        count(request)
+
+    monkeypatch.setattr(llm._engine.counters, "count_request", watched)
     with paused(llm, after=2):
         threads = [threading.Thread(target=llm.score, args=(texts,))]
         threads[0].start()
