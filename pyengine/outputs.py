@@ -38,6 +38,8 @@ class CompletionOutput:
     finish_reason: str | None  # "stop", "length", "abort"; None while running
     stop_reason: str | int | None  # the stop string or token id that ended the text
     seed: int  # give it as SamplingParams.seed to get the same tokens again
+    # Of beam search: the sum of its edited log-probabilities / number of tokens ** length_penalty.
+    score: float | None = None
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 from pyengine.codec import Codec
 from pyengine.decoding.params import SamplingParams, derived_seed, params_of_each
 from pyengine.decoding.resolve import GenerationDefaults
+from pyengine.engine.beams import BeamSearch
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
 from pyengine.engine.scheduler import BLOCK_TOKENS
@@ -104,12 +105,17 @@ class RequestMaker:
             seed=self._next_seed(),
             vocabulary=codec,
         )
+        if stream and resolved.beams is not None:
+            raise RequestError(
+                f"num_beams={params.num_beams}: which beam is the best is known at the end only, so they "
+                "cannot be streamed; use generate"
+            )
         if stream and resolved.num_returned is not None:
             raise RequestError(
                 f"best_of={params.best_of} with n={params.n}: which samples are the best is known at their "
                 "end only, so they cannot be streamed; use generate, or best_of equal to n"
             )
-        request = Generation(
+        request = (Generation if resolved.beams is None else BeamSearch)(
             f"{_AUTOMATIC_ID}{number}" if request_id is None else request_id,
             number,
             prompt if isinstance(prompt, str) else None,

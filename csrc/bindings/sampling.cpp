@@ -62,7 +62,7 @@ void set_slot(PySampler& self, int32_t slot, const py::object& token_ids, int64_
               const py::object& processor, double temperature, int32_t top_k, double top_p,
               double min_p, double typical_p, double epsilon_cutoff, double eta_cutoff,
               double mirostat_tau, double mirostat_eta, const std::optional<double>& mirostat_mu,
-              uint64_t seed, uint64_t sample_index, int32_t logprobs) {
+              uint64_t seed, uint64_t sample_index, int32_t logprobs, int32_t num_candidates) {
   SlotParams p;
   for (const auto& [ids, bias] : logit_bias) p.logit_bias.push_back({ids, float(bias)});
   p.allowed_token_ids = std::move(allowed_token_ids);
@@ -86,6 +86,7 @@ void set_slot(PySampler& self, int32_t slot, const py::object& token_ids, int64_
   p.seed = seed;
   p.sample_index = sample_index;
   p.logprobs = logprobs;
+  p.num_candidates = num_candidates;
   std::optional<Int32View> tokens;
   SlotStart start;
   start.num_prompt = num_prompt;
@@ -165,6 +166,18 @@ void bind_sampling(py::module_& m) {
       .def_readonly("logprobs", &StepResult::logprobs)
       .def_readonly("top_logprobs", &StepResult::top_logprobs)
       .def_readonly("mirostat_mu", &StepResult::mirostat_mu)
+      .def_property_readonly("candidates",
+                             [](const StepResult& self) {
+                               py::list rows;
+                               for (const std::vector<BeamCandidate>& listed : self.candidates) {
+                                 py::list row;
+                                 for (const BeamCandidate& c : listed) {
+                                   row.append(py::make_tuple(c.id, c.score, c.logprob));
+                                 }
+                                 rows.append(row);
+                               }
+                               return rows;
+                             })
       .def_readonly("scores", &StepResult::scores)
       .def_readonly("score_tops", &StepResult::score_tops);
 
@@ -180,7 +193,8 @@ void bind_sampling(py::module_& m) {
            arg("temperature") = 1.0, arg("top_k") = 0, arg("top_p") = 1.0, arg("min_p") = 0.0,
            arg("typical_p") = 1.0, arg("epsilon_cutoff") = 0.0, arg("eta_cutoff") = 0.0,
            arg("mirostat_tau") = 0.0, arg("mirostat_eta") = 0.1, arg("mirostat_mu") = py::none(),
-           arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1)
+           arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1,
+           arg("num_candidates") = 0)
       .def(
           "set_mask",
           [](PySampler& self, int32_t slot, py::handle mask) {

@@ -42,6 +42,10 @@ struct SlotParams {
   uint64_t seed = 0;          // of the request
   uint64_t sample_index = 0;  // which of the request's n samples
   int32_t logprobs = -1;      // -1: none; n: the chosen token's and the n best ones'
+
+  // Beam search, above 0: log-probabilities are edited instead of logits, and the best so many of
+  // them are listed. What temperature and cut-offs say does not matter then.
+  int32_t num_candidates = 0;
 };
 
 // The sequence that a slot goes on with: a new request's, or that of one that was preempted.

@@ -48,6 +48,7 @@ void require_valid(const SlotParams& p) {
           p.no_repeat_ngram_size);
   require(p.min_tokens >= 0, "min_tokens must be 0 or positive", p.min_tokens);
   require(p.logprobs >= -1, "logprobs must be -1 (none), 0 or positive", p.logprobs);
+  require(p.num_candidates >= 0, "num_candidates must be 0 (none) or positive", p.num_candidates);
   auto require_ids = [](const std::vector<int32_t>& ids, const char* field) {
     for (int32_t id : ids) {
       require(id >= 0, (std::string(field) + ": token ids must be 0 or positive").c_str(), id);
@@ -75,6 +76,11 @@ void add_top_logprobs(Row& row, std::vector<Candidate>& best, int32_t count, dou
   for (int32_t i = 0; i < count; ++i) {
     out.emplace_back(best[i].id, static_cast<float>(best[i].logit - log_total));
   }
+}
+
+// Whether the sum that makes logits log-probabilities is needed.
+bool is_scored(const SlotParams& params) {
+  return params.logprobs >= 0 || params.num_candidates > 0;
 }
 
 }  // namespace
@@ -144,13 +150,15 @@ void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
   result.logprobs.assign(rows.count, std::numeric_limits<float>::quiet_NaN());
   result.top_logprobs.assign(rows.count, {});
   result.mirostat_mu.clear();
+  result.candidates.clear();
   scored_rows_.clear();
   processed_rows_.clear();
   for (int64_t r = 0; r < rows.count; ++r) {
     const SlotParams& params = slots_[rows.slots[r]].params;
-    if (params.logprobs >= 0) scored_rows_.push_back(static_cast<int32_t>(r));
+    if (is_scored(params)) scored_rows_.push_back(static_cast<int32_t>(r));
     if (params.has_processor) processed_rows_.push_back(static_cast<int32_t>(r));
     if (params.mirostat_tau > 0) result.mirostat_mu.resize(rows.count, kNan);
+    if (params.num_candidates > 0) result.candidates.resize(rows.count);
   }
   if (scored_rows_.empty()) return;
   log_totals_.resize(scored_rows_.size());
@@ -198,6 +206,27 @@ void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was
   if (slot.params.mirostat_tau > 0) result.mirostat_mu[r] = slot.mirostat_mu;
 }
 
+template <class Original>
+void Sampler::list_candidates(const Rows& rows, int64_t r, Workspace& workspace,
+                              Original&& original, StepResult& result) {
+  Slot& slot = slots_[rows.slots[r]];
+  slot.mask.clear();
+  if (!workspace.row.load(rows.of(r), rows.vocab_size)) {
+    result.token_ids[r] = StepResult::kNoneLeft;
+    return;
+  }
+  const int32_t count = std::min(slot.params.num_candidates, rows.vocab_size);
+  std::vector<Candidate>& best = workspace.candidates;
+  workspace.row.select_top_k(count, best);
+  std::partial_sort(best.begin(), best.begin() + count, best.end(), sampling::better);
+  std::vector<BeamCandidate>& listed = result.candidates[r];
+  listed.reserve(count);
+  for (int32_t i = 0; i < count && !std::isinf(best[i].logit); ++i) {
+    listed.push_back({best[i].id, best[i].logit, original(best[i].id)});
+  }
+  result.token_ids[r] = best[0].id;
+}
+
 void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
                      const int32_t* slots, const int32_t* positions, StepResult& result) {
   const Rows rows{logits, num_rows, vocab_size, slots, positions};
@@ -219,11 +248,16 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
       result.token_ids[r] = StepResult::kNotFinite;
       return;
     }
-    const bool scored = slot.params.logprobs >= 0;
+    const bool scored = is_scored(slot.params);
+    const bool listed = slot.params.num_candidates > 0;
     if (slot.params.logprobs > 0) {
       add_top_logprobs(workspace.row, workspace.candidates,
                        std::min(slot.params.logprobs, vocab_size), row_log_total_[r],
                        result.top_logprobs[r]);
+    }
+    if (listed) {
+      float* x = rows.of(r);
+      for (int32_t i = 0; i < vocab_size; ++i) x[i] = logprob(r, x[i]);
     }
     if (slot.params.has_processor) {
       const auto place = std::lower_bound(processed_rows_.begin(), processed_rows_.end(), r);
@@ -235,7 +269,12 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
       return;  // to be continued after the processor
     }
     const bool edits = slot.is_edited || !slot.mask.empty();
-    if (edits) edit(rows, r, workspace);
+    if (listed || edits) edit(rows, r, workspace);
+    if (listed) {
+      const sampling::EditedRow& edited = workspace.edited;
+      list_candidates(rows, r, workspace, [&](int32_t id) { return edited.original(id); }, result);
+      return;
+    }
     finish(rows, r, workspace, edits, result);
     const int32_t token = result.token_ids[r];
     if (scored && token >= 0) {
@@ -249,10 +288,17 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
   ctx.pool.parallel_for(static_cast<int64_t>(processed_rows_.size()), [&](int64_t i, int worker) {
     const int32_t r = processed_rows_[i];
     if (result.token_ids[r] < 0) return;
+    const std::vector<float>& originals = processed_originals_[i];
+    const SlotParams& params = slots_[slots[r]].params;
+    if (params.num_candidates > 0) {
+      list_candidates(
+          rows, r, workspaces_[worker], [&](int32_t id) { return originals[id]; }, result);
+      return;
+    }
     finish(rows, r, workspaces_[worker], true, result);
     const int32_t token = result.token_ids[r];
-    if (token >= 0 && slots_[slots[r]].params.logprobs >= 0) {
-      result.logprobs[r] = logprob(r, processed_originals_[i][token]);
+    if (token >= 0 && params.logprobs >= 0) {
+      result.logprobs[r] = logprob(r, originals[token]);
     }
   });
 }

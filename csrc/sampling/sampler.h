@@ -15,6 +15,12 @@
 
 namespace pyengine {
 
+struct BeamCandidate {
+  int32_t id;
+  float score;    // edited log-probability
+  float logprob;  // as the model has it
+};
+
 struct StepResult {
   // Instead of a token, where a row has none; the other rows are not affected.
   static constexpr int32_t kNotFinite = -1;  // logits hold NaN or +infinity, or are all -infinity
@@ -26,6 +32,9 @@ struct StepResult {
   // (R, n of each) token id, log-probability; best first, equals by lower id
   std::vector<std::vector<std::pair<int32_t, float>>> top_logprobs;
   std::vector<double> mirostat_mu;  // (R,) after the row's draw; empty if no row uses Mirostat
+  // (R,) of rows whose slot asks for candidates, best first: fewer where edits forbid the others;
+  // the first is the row's token. Empty if no row asks.
+  std::vector<std::vector<BeamCandidate>> candidates;
 
   // Of the rows that were scored, not sampled (GPT2::step).
   std::vector<float> scores;  // (R,) log-probability of the target; NaN: the logits are no numbers
@@ -95,6 +104,10 @@ class Sampler {
   int32_t run_processor(const Rows& rows, int64_t r);
   void finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
               StepResult& result);
+  // The best of a loaded row of edited log-probabilities; original(id): before they were edited.
+  template <class Original>
+  void list_candidates(const Rows& rows, int64_t r, Workspace& workspace, Original&& original,
+                       StepResult& result);
 
   std::vector<Slot> slots_;
   Processor processor_;

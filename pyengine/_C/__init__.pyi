@@ -170,6 +170,7 @@ class Sampler:
         seed: int = 0,  # 64 bits
         sample_index: int = 0,  # which of the n samples of the request
         logprobs: int = -1,  # -1: none; n: the chosen token's and the n best ones'
+        num_candidates: int = 0,  # above 0: list the best ones of the edited log-probabilities, draw nothing
     ) -> None:
         """Begin a request in a slot, or go on with one that was preempted.
 
@@ -215,6 +216,10 @@ class StepResult:
     def mirostat_mu(self) -> list[float]:
         """The bound of each row's Mirostat after its draw, NaN where there is none; empty without any. Hand
         it to `Sampler.set` after preemption."""
+    @property
+    def candidates(self) -> list[list[tuple[int, float, float]]]:
+        """Where a slot asks for them, the best (token id, edited log-probability, the model's), best first.
+        The first is the row's token, and no token is added to what the slot knows. Empty without any."""
     @property
     def scores(self) -> list[float]:
         """Log-probability of each target (R,); NaN where the logits hold NaN or +infinity."""

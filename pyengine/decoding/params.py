@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MAX_SAMPLES = 4096
+MAX_BEAMS = 256
 MAX_LOGPROBS = 64  # score_rows and the sampler keep at most this many best tokens (csrc/ops/ops.h)
 MAX_SEED = 2**64 - 1
 # The sampler computes in float32, where a smaller temperature would be 0 (greedy) and a larger one infinite.
@@ -54,6 +55,11 @@ class SamplingParams:
     max_length: tokens at most, the prompt's included; excludes ``max_tokens``.
     min_tokens: new tokens before EOS, ``stop_token_ids`` or ``stop`` may end the text [0].
     min_length: the same, the prompt's tokens included; excludes ``min_tokens``.
+
+    num_beams: continuations that beam search keeps, of which the n best are returned; 1: no beam search [1].
+    length_penalty: beams are ranked by their log-probability / length ** length_penalty, -20 to 20 [1.0].
+    early_stopping: end when there are num_beams complete texts (True), when a better one is unlikely (False)
+        or when none can be better ("never") [False].
 
     logit_bias: token id -> what is added to its logit; a tuple of ids -> to the last one's after the others.
     allowed_token_ids: no other token may come.
@@ -106,6 +112,9 @@ class SamplingParams:
     max_length: int | None = None
     min_tokens: int | None = None
     min_length: int | None = None
+    num_beams: int = 1
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     logit_bias: Mapping[Any, float] | Sequence[Any] | None = None
     allowed_token_ids: Sequence[int] | None = None
     repetition_penalty: float | None = None
@@ -179,6 +188,11 @@ class SamplingParams:
         if do_sample is None:
             return
         checks.check_bool("do_sample", do_sample)
+        if do_sample and self.num_beams != 1:
+            raise RequestError(
+                f"do_sample=True and num_beams={self.num_beams} contradict each other: "
+                "beam search draws nothing"
+            )
         if self.temperature is None:
             if not do_sample:
                 object.__setattr__(self, "temperature", 0.0)
@@ -193,6 +207,12 @@ class SamplingParams:
         checks.check_int("n", self.n, 1, MAX_SAMPLES)
         if self.best_of is not None:
             checks.check_int("best_of", self.best_of, self.n, MAX_SAMPLES)
+        checks.check_int("num_beams", self.num_beams, 1, MAX_BEAMS)
+        if self.length_penalty is not None:
+            checks.check_float("length_penalty", self.length_penalty, -20, 20)
+        early = self.early_stopping
+        if not isinstance(early, (bool, type(None))) and not (isinstance(early, str) and early == "never"):
+            raise RequestError(f'early_stopping={self.early_stopping!r}: must be True, False or "never"')
         for field in ("max_tokens", "max_length", "truncate_prompt_tokens"):
             if getattr(self, field) is not None:
                 checks.check_int(field, getattr(self, field), 1)
@@ -275,8 +295,9 @@ class SamplingParams:
             refuse("min_tokens", "max_tokens", f"min_tokens must be from 0 to {self.max_tokens}")
         if self.min_length is not None and self.max_length is not None and self.min_length > self.max_length:
             refuse("min_length", "max_length", f"min_length must be from 0 to {self.max_length}")
+        self._check_beams(refuse)
         count, field = (self.n, "n") if self.best_of is None else (self.best_of, "best_of")
-        if count > 1 and self.temperature == 0:
+        if count > 1 and self.temperature == 0 and self.num_beams == 1:
             raise RequestError(
                 f"{field}={count} with temperature=0: greedy decoding gives {count} times the same text; "
                 f"set {field}=1, or a temperature above 0"
@@ -287,6 +308,24 @@ class SamplingParams:
             for cut in _CUT_OFFS:
                 if getattr(self, cut) is not None:
                     refuse("mirostat", cut, "Mirostat takes the place of all cut-offs")
+
+    def _check_beams(self, refuse: Callable[[str, str, str], None]) -> None:
+        if self.num_beams == 1:
+            for field in ("length_penalty", "early_stopping"):
+                if getattr(self, field) is not None:
+                    refuse(field, "num_beams", "it is for beam search, of 2 beams or more")
+            return
+        if self.n > self.num_beams:
+            refuse("n", "num_beams", f"n must be from 1 to {self.num_beams}, the beams that there are")
+        if self.best_of is not None:
+            refuse("best_of", "num_beams", "beam search returns the n best of its num_beams")
+        if self.mirostat:
+            refuse("mirostat", "num_beams", "beam search draws nothing")
+        if self.temperature is not None and self.temperature != 0:
+            refuse("temperature", "num_beams", "beam search draws nothing; leave it out, or 0")
+        for cut in _CUT_OFFS:
+            if getattr(self, cut) is not None:
+                refuse(cut, "num_beams", "beam search draws nothing that it could cut off")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

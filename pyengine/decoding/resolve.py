@@ -71,6 +71,17 @@ class Vocabulary(Protocol):
 
 
 @dataclass(frozen=True)
+class BeamParams:
+    """The rules of a beam search."""
+
+    num_beams: int
+    num_candidates: int  # of all beams together, so many that num_beams of them go on
+    num_returned: int
+    length_penalty: float
+    early_stopping: bool | str
+
+
+@dataclass(frozen=True)
 class ResolvedParams:
     """What the engine works with."""
 
@@ -88,6 +99,7 @@ class ResolvedParams:
     num_returned: int | None = None  # the best of the n samples; None: all
     prompt_logprobs: int = -1
     constraint: Constraint | None = None  # at its start; each sample follows a copy
+    beams: BeamParams | None = None
     sampler: Mapping[str, Any] = field(default_factory=dict)  # further arguments of _C.Sampler.set
 
     @property
@@ -96,7 +108,10 @@ class ResolvedParams:
         scored = self.logprobs
         if self.num_returned is not None:
             scored = max(scored, 0)  # how likely a sample is decides whether it is returned
-        return {"temperature": self.temperature, "seed": self.seed, "logprobs": scored, **self.sampler}
+        found = {"temperature": self.temperature, "seed": self.seed, "logprobs": scored, **self.sampler}
+        if self.beams is not None:
+            found["num_candidates"] = self.beams.num_candidates
+        return found
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,8 @@ class GenerationDefaults:
 
         temperature = float(value_of("temperature"))
         count = params.n if params.best_of is None else params.best_of
+        if params.num_beams > 1:  # what the checkpoint says about drawing does not matter
+            count, temperature = 1, 0.0
         if temperature == 0 and (count > 1 or params.mirostat):
             name = "mirostat" if params.mirostat else "n" if params.best_of is None else "best_of"
             raise RequestError(
@@ -210,10 +227,21 @@ class GenerationDefaults:
         }
         if params.mirostat:
             sampler |= {"mirostat_tau": params.mirostat_tau, "mirostat_eta": params.mirostat_eta}
-        else:
+        elif params.num_beams == 1:
             sampler["top_k"] = max(value_of("top_k"), 0)
             for name in ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
                 sampler[name] = float(value_of(name))
+        beams = None
+        if params.num_beams > 1:
+            # One more per token that ends a text, as in transformers: then num_beams of them surely go on.
+            per_beam = max(2, 1 + len(set(stop_ids)))
+            beams = BeamParams(
+                num_beams=params.num_beams,
+                num_candidates=per_beam * params.num_beams,
+                num_returned=params.n,
+                length_penalty=1.0 if params.length_penalty is None else float(params.length_penalty),
+                early_stopping=params.early_stopping or False,
+            )
         defaults = {"presence_penalty": 0.0, "frequency_penalty": 0.0, **_OFF}
         return ResolvedParams(
             n=count,
@@ -227,7 +255,8 @@ class GenerationDefaults:
             skip_special_tokens=params.skip_special_tokens,
             include_stop=params.include_stop_str_in_output,
             echo=params.echo,
-            num_returned=None if count == params.n else params.n,
+            num_returned=None if count == params.n or beams is not None else params.n,
+            beams=beams,
             prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
             constraint=constraint,
             # Only what is asked for: a request without controls pays for none, not even here.

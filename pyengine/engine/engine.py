@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pyengine.engine.beams import Beam
 from pyengine.engine.generation import Sample
 from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
@@ -175,6 +176,7 @@ class Engine:
         row = -1
         score_row = 0
         counters = self.counters
+        beams: list[tuple[Beam, int]] = []
         for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
             request = seq.request
             row += slot >= 0
@@ -200,8 +202,12 @@ class Engine:
             if slot < 0:
                 continue
             token = sampled[row]
-            if token < 0:
+            if token < 0 and (token != -2 or not isinstance(seq, Beam)):
                 self.give_up(request, self._why_no_token(seq, token))
+                continue
+            if isinstance(seq, Beam):
+                counters.new_tokens += 1
+                beams.append((seq, row))
                 continue
             if is_prompt and seq.index == 0 and len(seq.token_ids) == seq.num_prompt:
                 if len(seq.request.sequences) > 1:
@@ -224,6 +230,27 @@ class Engine:
                 if seq.finish_reason is not None and request.finished:
                     self._remove(request)
             except Exception as error:  # its text cannot be made, or nobody takes it
+                self.give_up(request, _named(request, error))
+        if beams:
+            self._search(beams, result, now)
+
+    def _search(self, beams: list[tuple[Beam, int]], result: Any, now: float) -> None:
+        """Searches whose beams all have their candidates go on."""
+        candidates, best = result.candidates, result.top_logprobs
+        for beam, row in beams:
+            beam.candidates, beam.best = candidates[row], best[row]
+        for request in {beam.request.number: beam.request for beam, _ in beams}.values():
+            if request.error is not None or not request.is_ready:
+                continue
+            last = request.sequences[0]
+            try:
+                request.advance(self.scheduler, now)
+                if request.finished and request.hypotheses:
+                    request.end = now
+                    self._remove(request)
+                elif request.finished:
+                    self.give_up(request, self._why_no_token(last, -2))
+            except Exception as error:
                 self.give_up(request, _named(request, error))
 
     def _take_scores(

@@ -143,6 +143,7 @@ class Generation(Request):
         self.num_token_steps = 0  # steps that gave it a token
         self.longest_gap: float | None = None  # between two of them, seconds
         self.sequences = [Sample(self, index) for index in range(params.n)]
+        self.prompt_logprobs = self.sequences[0].prompt_logprobs
         self.num_unfinished = params.n
 
     @property
@@ -213,7 +214,7 @@ class Generation(Request):
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
         if self.params.prompt_logprobs < 0:
             return None
-        return [None, *self._logprobs(self.sequences[0].prompt_logprobs)]
+        return [None, *self._logprobs(self.prompt_logprobs)]
 
     def _completion(self, seq: Sample, index: int) -> CompletionOutput:
         wanted = self.params.logprobs >= 0

@@ -96,6 +96,9 @@ class Scheduler:
                 admitting = next_one is not None
             if seq is None:
                 break
+            if seq.num_computed == seq.num_inputs:  # a beam waits for the others of its search
+                position += 1
+                continue
             if seq.num_inputs - seq.num_computed > BLOCK_TOKENS and seq is not admitted:
                 self._match(seq)  # others may have computed what it is about to
             count = min(seq.num_inputs - seq.num_computed, budget)
@@ -112,6 +115,11 @@ class Scheduler:
             scheduled.append((seq, count))
             budget -= count
             position += 1
+        if not scheduled:
+            held = [seq for seq in self.running if seq.num_computed == seq.num_inputs]
+            if held and self.waiting:  # the other beams need the room of those that wait for them
+                self._preempt(held[-1])
+                return self.schedule()
         return scheduled
 
     def start_samples(self, request: Generation) -> None:
@@ -130,6 +138,29 @@ class Scheduler:
             sample.num_computed = num_prompt - 1
             sample.shares_tail = first.shares_tail = True
             self._start(sample)
+
+    def branch(self, seq: Sequence, heirs: abc.Sequence[Sequence]) -> None:
+        """``heirs`` go on where ``seq`` is, in blocks that they share until they write to them: the first in
+        its slot, the others in slots of their own, or they wait for one. Without heirs it is released."""
+        if not heirs or seq.slot < 0:
+            self.release(seq)
+            for heir in heirs:
+                self.add(heir)
+            return
+        for heir in heirs[1:]:
+            if not self._free_slots:
+                self.add(heir)
+                continue
+            self.manager.fork(seq.blocks.tolist())
+            heir.blocks, heir.num_computed = seq.blocks[:], seq.num_computed
+            heir.shares_tail = seq.shares_tail = True
+            self._start(heir)
+        first = heirs[0]
+        first.blocks, first.num_computed = seq.blocks, seq.num_computed
+        first.shares_tail, first.slot = seq.shares_tail, seq.slot
+        seq.blocks, seq.slot = array("i"), -1
+        self.running.remove(seq)
+        insort(self.running, first, key=_key)
 
     def release(self, seq: Sequence) -> None:
         """Take a finished or aborted sequence out."""

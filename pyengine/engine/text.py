@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
+from copy import copy
 from typing import Protocol
 
 
@@ -11,6 +12,7 @@ class Detokenizer(Protocol):
 
     def append(self, ids: abc.Sequence[int]) -> str: ...
     def finish(self) -> str: ...
+    def copy(self) -> Detokenizer: ...
 
 
 class Codec(Protocol):
@@ -57,6 +59,12 @@ class TextStream:
         self._lasts = tuple({s[-1] for s in stop})
         self._shown = 0
         self._finished = False
+
+    def copy(self) -> TextStream:
+        """The same text, to go on with on its own."""
+        made = copy(self)
+        made._detokenizer = self._detokenizer.copy()
+        return made
 
     def append(self, ids: abc.Sequence[int], *, may_stop: bool = True) -> str | None:
         """Add tokens; the stop string that ends the text, which is cut there, or None. Text that comes with

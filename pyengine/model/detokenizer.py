@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 from pyengine.model.tokenizer import Tokenizer
 
@@ -26,6 +27,11 @@ class StreamingDetokenizer:
         if prompt_ids:
             self._decoder.push(prompt_ids)
             self._echo = self._decoder.copy().finish()
+
+    def copy(self) -> StreamingDetokenizer:
+        made = copy(self)
+        made._decoder = self._decoder.copy()
+        return made
 
     def append(self, ids: Sequence[int]) -> str:
         """Text that is certain now and was not before; TokenizerError for an id outside the vocabulary."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pyengine.decoding.params import SamplingParams
-from pyengine.decoding.resolve import GenerationDefaults
+from pyengine.decoding.resolve import BeamParams, GenerationDefaults
 from pyengine.errors import ConfigError, RequestError
 
 
@@ -31,6 +31,9 @@ from pyengine.errors import ConfigError, RequestError
         *(("ignore_eos", value) for value in (None, 1, "yes")),
         *(("skip_special_tokens", value) for value in (None, 0)),
         *(("truncate_prompt_tokens", value) for value in (0, -1, 1.5, True)),
+        *(("num_beams", value) for value in (0, -1, 257, 2.0, True, None)),
+        *(("length_penalty", value) for value in (-20.5, 21, math.nan, True, "1")),
+        *(("early_stopping", value) for value in ("always", 1, 0, 0.0)),
     ],
 )
 def test_refused_with_field_and_value(field: str, value: object) -> None:
@@ -257,11 +260,32 @@ def test_controls_are_refused_with_field_and_value(field: str, value: object) ->
         ({"max_tokens": 3, "max_new_tokens": 4}, "max_new_tokens=4 and max_tokens=3 are one setting"),
         ({"do_sample": False, "temperature": 0.7}, "do_sample=False and temperature=0.7"),
         ({"do_sample": True, "temperature": 0}, "do_sample=True and temperature=0"),
+        ({"num_beams": 3, "n": 4}, "n=4 and num_beams=3 contradict each other: n must be from 1 to 3"),
+        ({"num_beams": 3, "do_sample": True}, "do_sample=True and num_beams=3 contradict"),
+        ({"num_beams": 3, "temperature": 0.7}, "temperature=0.7 and num_beams=3 contradict"),
+        ({"num_beams": 3, "top_k": 5}, "top_k=5 and num_beams=3 contradict"),
+        ({"num_beams": 3, "mirostat": 2}, "mirostat=2 and num_beams=3 contradict"),
+        ({"num_beams": 3, "best_of": 2}, "best_of=2 and num_beams=3 contradict"),
+        ({"length_penalty": 2.0}, "length_penalty=2.0 and num_beams=1 contradict"),
+        ({"early_stopping": False}, "early_stopping=False and num_beams=1 contradict"),
     ],
 )
 def test_contradicting_controls(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(**kwargs)
+
+
+def test_beams() -> None:
+    config = {"do_sample": True, "temperature": 0.5, "top_k": 7, "num_beams": 9, "eos_token_id": [1, 2]}
+    params = resolve(config, num_beams=3, n=2, repetition_penalty=1.5, do_sample=False)
+    assert (params.n, params.temperature, params.num_returned) == (1, 0.0, None)
+    assert params.sampler == {"repetition_penalty": 1.5}  # nothing is drawn
+    assert params.beams == BeamParams(3, 9, 2, 1.0, False)
+    assert params.sampler_arguments["num_candidates"] == 9
+    assert resolve(config, ignore_eos=True, num_beams=2, early_stopping="never").beams == BeamParams(
+        2, 4, 1, 1.0, "never"
+    )
+    assert resolve(config).beams is None
 
 
 def test_names_of_transformers() -> None:

@@ -176,6 +176,7 @@ class FakeStepResult:
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.scores: list[float] = []
         self.score_tops: list[list[tuple[int, float]]] = []
+        self.candidates: list[list[tuple[int, float, float]]] = []
 
 
 class FakeModel:
@@ -223,6 +224,8 @@ class FakeModel:
                 wanted = params["logprobs"]
                 result.logprobs.append(fake_logprob(history, token) if wanted >= 0 else float("nan"))
                 result.top_logprobs.append(best_tokens(history, wanted))
+                best = best_tokens(history, params.get("num_candidates", 0))
+                result.candidates.append([(token, value, value) for token, value in best])
         for row, target in zip(score_rows, targets, strict=True):
             seq = next(b for b in range(len(batch.tables)) if row < batch.query_start[b + 1])
             history = self._read(kv, batch.tables[seq], batch.positions[row] + 1)

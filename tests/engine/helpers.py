@@ -5,7 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from pyengine.decoding.resolve import ResolvedParams
+from pyengine.decoding.resolve import BeamParams, ResolvedParams
+from pyengine.engine.beams import BeamSearch
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
 from pyengine.engine.request import Request
@@ -33,6 +34,7 @@ def params(
     stop: tuple[str, ...] = (),
     stop_ids: frozenset[int] = frozenset(),
     logprobs: int = -1,
+    beams: BeamParams | None = None,
 ) -> ResolvedParams:
     return ResolvedParams(
         n=n,
@@ -42,6 +44,7 @@ def params(
         stop=stop,
         stop_ids=stop_ids,
         logprobs=logprobs,
+        beams=beams,
     )
 
 
@@ -56,6 +59,9 @@ class Letters:
 
     def finish(self) -> str:
         return ""
+
+    def copy(self) -> Letters:
+        return self
 
     def decode_token(self, token_id: int) -> str:
         return chr(ord("a") + token_id) if token_id < 26 else chr(ord("A") + token_id - 26)
@@ -80,7 +86,7 @@ def request(
     stream: bool = False,
     codec: Letters | None = None,
 ) -> Generation:
-    return Generation(
+    return (Generation if resolved.beams is None else BeamSearch)(
         str(number),
         number,
         None,

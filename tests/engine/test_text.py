@@ -20,6 +20,9 @@ class Pieces:
     def finish(self) -> str:
         return self.rest
 
+    def copy(self) -> Pieces:
+        return self
+
 
 def play(pieces: list[str], stop: tuple[str, ...], rest: str = "") -> tuple[list[str], str, str | None]:
     """What was shown after each piece, the text, and the stop string that ended it."""
