@@ -97,9 +97,13 @@ def deltas(
     request.mailbox = mailbox
     try:
         engine.submit([request])
-        while (item := mailbox.get()) is not request:
-            yield item
-            engine.check_process()
+        item = mailbox.get()  # ENTERED, or what it has to say if it was ended before
+        yield None
+        while item is not request:
+            if item is not ENTERED:
+                yield item
+                engine.check_process()
+            item = mailbox.get()
         if request.error is not None:
             raise request.error
     finally:
@@ -118,10 +122,12 @@ async def async_deltas(
         while (item := await mailbox.get()) is not request:
             if item is not ENTERED:
                 yield item
+                engine.check_process()
         if request.error is not None:
             raise request.error
     finally:
         engine.abort(request)
+
 
 def progress_line(what: str) -> Progress:
     def report(done: int, total: int, tokens: int) -> None:

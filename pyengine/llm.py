@@ -161,11 +161,12 @@ class LLM:
 
         ``params`` and ``priority``: for all prompts, or one per prompt. Requests of a lower priority number
         go before those of a higher one, and take their place where there is no other; first come, first
-        served among equals. Nobody waits for ever: when 16 later ones have been admitted before a request, it
-        is next. ``progress``: True for a line on standard error, or a function that is called with (finished
-        prompts, all prompts, new tokens) now and then, and at the end. ``on_output`` is called with (index,
-        output) for each prompt in order, as soon as it and those before it are finished; after Ctrl-C also
-        for the others, whose finish_reason is "abort". Both are called in the thread that calls ``generate``.
+        served among equals. Nobody waits for ever: when 16 later ones have gone before a request, into the
+        queue or from there to the model, it is next. ``progress``: True for a line on standard error, or a
+        function that is called with (finished prompts, all prompts, new tokens) now and then, and at the end.
+        ``on_output`` is called with (index, output) for each prompt in order, as soon as it and those before
+        it are finished; after Ctrl-C also for the others, whose finish_reason is "abort". Both are called in
+        the thread that calls ``generate``.
         Every prompt is checked before the first one runs: RequestError names the one at fault ("prompt 2 of
         3"), and nothing has run then. If one fails later (CheckpointError where the model yields NaN), the
         others go on, ``on_output`` gets theirs, and the error is raised at the end, that of the first one if

@@ -146,16 +146,17 @@ def test_a_request_without_any_token_left_ends_alone(llm: LLM) -> None:
     assert len([delta for delta in good if delta.token_ids]) == 4
 
 
-def test_a_processor_that_fails_ends_its_request_alone(llm: LLM) -> None:
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_a_processor_that_fails_ends_its_request_alone(llm: LLM, kind: type[BaseException]) -> None:
     def fails(ids: Any, logits: Any) -> None:
-        raise ValueError("no such word")
+        raise kind("no such word")
 
     good = llm.stream([1], SamplingParams(max_tokens=4, temperature=0))
     with pytest.raises(
-        RequestError, match="its logits processor failed: ValueError.'no such word'"
+        RequestError, match=f"its logits processor failed: {kind.__name__}.'no such word'"
     ) as caught:
         llm.generate([[1]], SamplingParams(logits_processors=[fails]))
-    assert isinstance(caught.value.__cause__, ValueError)
+    assert isinstance(caught.value.__cause__, kind)
     assert len([delta for delta in good if delta.token_ids]) == 4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,6 +140,16 @@ def test_in_a_forked_process_every_call_is_an_error(llm: LLM) -> None:
         lambda: llm.choose([1], [[2], [3]]),
     ]
     busy = llm.stream([1], SamplingParams(max_tokens=150, ignore_eos=True))  # inside a step, most likely
+    abandoned = llm.stream([1], GREEDY)
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with llm._thread._names_lock:
+            held.set()
+            forked.wait(60)
+
+    threading.Thread(target=hold).start()
+    held.wait(60)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
@@ -148,9 +159,12 @@ def test_in_a_forked_process_every_call_is_an_error(llm: LLM) -> None:
                 call()
             except InternalError as error:
                 failed += "make an LLM in each process" in str(error)
+        abandoned.close()
         llm.close()
         os._exit(failed)
+    forked.set()
     busy.close()
+    abandoned.close()
     _, status = os.waitpid(child, 0)
     assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == len(calls)
     assert len(list(stream)) == 19

@@ -1,21 +1,9 @@
-"""One LLM, many callers: threads, the bounded queue, callbacks that raise, shutting down, and threads that
-die.
-"""
+"""One LLM, many callers: whatever other threads do, callbacks that raise, what the engine says of itself."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 import threading
-import time
-import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyengine import LLM, ClosedError, InternalError, PyEngineError, RequestError, SamplingParams
-from pyengine.engine.generation import Generation
-from pyengine.engine.request import Request
-from pyengine.engine.scoring import Scoring
+from pyengine import (
+    LLM,
+    ClosedError,
+    RequestError,
+    SamplingParams,
+)
 
-from .waiting import blocks_in_use, paused, wait_until, wait_until_idle
+from .waiting import in_threads, paused, wait_until, wait_until_idle
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, seed=0)
 LONG = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, seed=0)
@@ -45,25 +35,6 @@ def nothing_is_left_behind(llm: LLM) -> Any:
     yield
     wait_until_idle(llm)
     assert not llm._thread.names and not llm._thread._open
-
-
-def in_threads(*works: Callable[[], object]) -> list[Any]:
-    """The results of functions that run at the same time, or what they raised."""
-    results: list[Any] = [None] * len(works)
-
-    def run(number: int) -> None:
-        try:
-            results[number] = works[number]()
-        except BaseException as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a caller hangs"
-    return results
 
 
 @dataclass(frozen=True)
@@ -140,70 +111,6 @@ def test_whatever_other_threads_do(dtype: str, checkpoint: Callable[[str], Path]
     check()
 
 
-def test_nothing_runs_before_the_first_request(checkpoint: Callable[[str], Path]) -> None:
-    def engine_threads() -> int:
-        return sum(thread.name == "pyengine-engine" for thread in threading.enumerate())
-
-    before = engine_threads()
-    idle = LLM(checkpoint("gelu"))
-    assert engine_threads() == before
-    idle.close()
-    idle.close()
-    with pytest.raises(ClosedError, match="closed: make a new one"):
-        idle.generate([1], GREEDY)
-    assert engine_threads() == before
-
-
-def test_the_queue_is_bounded(checkpoint: Callable[[str], Path]) -> None:
-    """With one place to run and two to wait, the fourth stream waits until there is room, the urgent one
-    first.
-    """
-    llm = LLM(checkpoint("gelu"), max_num_seqs=1, max_queue_size=2)
-    with pytest.raises(PyEngineError, match="max_queue_size"):
-        LLM(checkpoint("gelu"), max_queue_size=0)
-    entered: list[int] = []  # priorities of requests as they enter the queue
-    add = llm._engine.add
-
-    def watched(request: Request) -> None:
-        entered.append(request.priority)
-        add(request)
-
-    llm._engine.add = watched  # type: ignore[method-assign]
-
-    def enter(priority: int) -> None:
-        assert len(list(llm.stream([2], GREEDY, priority=priority))) == 30
-
-    with paused(llm, after=1):
-        first = llm.stream([1], LONG)
-        next(first)
-        threads = [threading.Thread(target=enter, args=(priority,)) for priority in (0, 0, 1, 0)]
-        for number, thread in enumerate(threads, 2):
-            thread.start()
-            wait_until(lambda number=number: len(llm._thread._open) == number)  # type: ignore[misc]
-    for thread in threads:
-        thread.join(60)
-    assert len(list(first)) == 149
-    assert entered == [0, 0, 0, 0, 1]
-    assert llm.stats().waiting == 0
-    outputs = llm.generate([[3]] * 20, GREEDY)
-    assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
-    wait_until_idle(llm)
-
-
-def test_the_queue_never_holds_more(checkpoint: Callable[[str], Path]) -> None:
-    llm = LLM(checkpoint("gelu"), max_num_seqs=2, max_queue_size=3)
-    engine, seen = llm._engine, []
-    step = type(engine).step
-
-    def watched() -> int:
-        seen.append(len(engine.scheduler.waiting))
-        return step(engine)
-
-    engine.step = watched  # type: ignore[method-assign]
-    llm.generate([[number] for number in range(40)], GREEDY)
-    assert max(seen) == 3
-
-
 def test_stats(checkpoint: Callable[[str], Path]) -> None:
     llm = LLM(checkpoint("gelu"), max_num_seqs=1)
     stats = llm.stats()
@@ -259,32 +166,6 @@ def test_repr_and_context_manager(checkpoint: Callable[[str], Path]) -> None:
     assert llm.generate([]) == [] and llm.stats().finished == 1
 
 
-def test_closing_ends_every_caller(checkpoint: Callable[[str], Path]) -> None:
-    llm = LLM(checkpoint("gelu"), max_num_seqs=2, max_queue_size=1)
-    with paused(llm, after=1):
-        begun = llm.stream([1], LONG)
-        next(begun)
-        workers: list[Callable[[], object]] = [
-            lambda: llm.generate([[2]] * 3, LONG),
-            lambda: list(llm.stream([3], LONG)),
-            lambda: llm.score([[1] * 600] * 5),
-            lambda: llm.choose([1], [[2], [3], [4]]),
-        ]
-        started = threading.Thread(target=lambda: results.extend(in_threads(*workers)))
-        results: list[Any] = []
-        started.start()
-        wait_until(lambda: len(llm._thread._open) >= 12)
-        llm._thread.stop()  # before the engine goes on, so that nobody is finished first
-    llm.close()
-    started.join(60)
-    assert len(results) == 4
-    for result in results:
-        assert isinstance(result, ClosedError) and "was ended, because its LLM is closed" in str(result)
-    with pytest.raises(ClosedError):
-        list(begun)
-    assert blocks_in_use(llm) == 0 and not llm._thread._open
-
-
 @pytest.mark.parametrize("callback", ["on_output", "progress"])
 def test_a_callback_that_raises_ends_its_call_only(llm: LLM, callback: str) -> None:
     expected = llm.generate([5], LONG)[0].outputs
@@ -323,28 +204,6 @@ def test_progress_and_outputs_of_scores(llm: LLM, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.endswith("\r3/3 texts, 201 tokens\n")
 
 
-def test_a_long_list_to_score_does_not_keep_others_waiting(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [[number % 300] * 150 for number in range(400)]
-    ended: list[type] = []
-    count = llm._engine.counters.count_request
-
-    def watched(request: Request) -> None:
-        ended.append(type(request))
-        count(request)
-
-    monkeypatch.setattr(llm._engine.counters, "count_request", watched)
-    with paused(llm, after=2):
-        threads = [threading.Thread(target=llm.score, args=(texts,))]
-        threads[0].start()
-        wait_until(lambda: llm.stats().scored_tokens > 0)
-        threads.append(threading.Thread(target=llm.generate, args=([1], GREEDY), kwargs={"priority": -1}))
-        threads[1].start()
-        wait_until(lambda: any(isinstance(one, Generation) for one in list(llm._thread._open.values())))
-    for thread in threads:
-        thread.join(60)
-    assert len(ended) == 401 and ended[-1] is Scoring and ended.index(Generation) < 300
-
-
 @pytest.mark.parametrize("priority", [True, 1.5, "high", 2**31, [0, 1], None])
 def test_priorities_are_checked(llm: LLM, priority: Any) -> None:
     for call in (
@@ -354,123 +213,3 @@ def test_priorities_are_checked(llm: LLM, priority: Any) -> None:
     ):
         with pytest.raises(RequestError, match="priorit"):
             call()
-
-
-def test_an_engine_thread_that_dies_fails_every_caller(checkpoint: Callable[[str], Path]) -> None:
-    """SystemExit appears in the thread, as sys.exit() in a signal handler of an embedding program would."""
-    llm = LLM(checkpoint("gelu"))
-    gate = ExitStack()
-    gate.enter_context(paused(llm, after=1))
-    begun = llm.stream([1], LONG)
-    next(begun)
-    thread = llm._thread._thread
-    assert thread is not None and thread.ident is not None
-
-    def kill() -> None:
-        wait_until(lambda: len(llm._thread._open) == 1 + 2 * 20 + 30)
-        set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        assert set_exception(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1  # type: ignore[arg-type]
-        gate.close()
-
-    results = in_threads(
-        kill,
-        *[lambda: llm.generate([[2]] * 20, LONG)] * 2,
-        lambda: llm.score([[3] * 100] * 30),
-        lambda: list(begun),
-    )
-    assert results[0] is None
-    for result in results[1:]:
-        assert isinstance(result, InternalError), result
-    assert not thread.is_alive()
-    with pytest.raises(InternalError, match="the thread of the engine died: SystemExit"):
-        llm.generate([1], GREEDY)
-    llm.close()
-
-
-def test_a_dropped_llm_ends_its_thread_and_frees_its_memory(checkpoint: Callable[[str], Path]) -> None:
-    llm = LLM(checkpoint("gelu"))
-    llm.generate([1], GREEDY)
-    thread, engine = llm._thread._thread, weakref.ref(llm._engine)
-    assert thread is not None
-    stream = llm.stream([1], LONG)
-    next(stream)
-    del llm
-    gc.collect()
-    assert len(list(stream)) == 149, "whoever has a stream keeps the LLM"
-    assert len(list(LLM(checkpoint("gelu")).stream([1], LONG))) == 150
-    del stream
-    gc.collect()
-    thread.join(30)
-    assert not thread.is_alive()
-    gc.collect()
-    assert engine() is None
-
-
-def script(code: str, **popen: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **popen,
-    )
-
-
-@pytest.mark.parametrize(
-    "waits", ["pass", "next(llm.stream(None, long))", "stream = llm.stream(None, long)", "thread.start()",
-    "daemon.start()"],
-)
-def test_the_interpreter_ends_while_the_engine_runs(waits: str) -> None:
-    process = script(f"""
-        import threading
-        from pyengine import LLM, PyEngineError, SamplingParams
-        llm = LLM()
-        long = SamplingParams(max_tokens=500, ignore_eos=True)
-        llm.generate("The", SamplingParams(max_tokens=2))
-        stream = llm.stream("The", long)
-        print(next(stream).finish_reason)
-        thread = threading.Thread(target=lambda: print(len(llm.generate(["a"] * 3, long))))
-        daemon = threading.Thread(target=lambda: llm.generate(["a"] * 300, long), daemon=True)
-        {waits}
-    """)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    assert out.split() == (["None", "3"] if waits == "thread.start()" else ["None"])
-    assert "Fatal" not in err
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_in_one_caller_leaves_the_others(tmp_path: Path) -> None:
-    process = script(
-        """
-        import threading
-        from pyengine import LLM, SamplingParams
-        llm = LLM(max_num_seqs=8)
-        long = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True, seed=0)
-        expected = llm.generate("The old house", long)[0].outputs
-        results, ended = [], []
-        work = lambda: results.append(llm.generate("The old house", long)[0].outputs)
-        thread = threading.Thread(target=work)
-        thread.start()
-        print("ready", flush=True)
-        try:
-            llm.generate(["Once"] * 1000, long, on_output=lambda index, output: ended.append(output))
-        except KeyboardInterrupt:
-            print("interrupted", flush=True)
-        thread.join()
-        assert results == [expected]
-        assert len(ended) == 1000 and {o.outputs[0].finish_reason for o in ended} <= {"abort", "length"}
-        assert "abort" == ended[-1].outputs[0].finish_reason
-        assert llm._engine.core.manager.num_in_use == 0 and not llm._engine.requests
-        assert llm.generate("The old house", long)[0].outputs == expected
-        print("fine")
-        """
-    )
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out.split() == ["interrupted", "fine"]

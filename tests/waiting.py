@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pyengine import LLM
 
@@ -47,3 +48,22 @@ def paused(llm: LLM, after: int = 0) -> Iterator[None]:
     finally:
         del engine.step
         gate.set()
+
+
+def in_threads(*works: Callable[[], object]) -> list[Any]:
+    """The results of functions that run at the same time, or what they raised."""
+    results: list[Any] = [None] * len(works)
+
+    def run(number: int) -> None:
+        try:
+            results[number] = works[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a caller hangs"
+    return results

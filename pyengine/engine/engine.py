@@ -150,13 +150,17 @@ class Engine:
     def _run_apart(self, scheduled: Scheduled, copies: array[int], error: Exception) -> None:
         """Find out whose fault it was. What has been computed and copied already is so once more."""
         self.counters.failed_steps += 1
+        for seq, _ in scheduled:
+            if seq.slot >= 0:
+                self.scheduler.abandon(seq)  # from here on, no promised block is anybody else's
         for entry in scheduled:
             seq = entry[0]
-            if seq.slot < 0:
-                continue  # it shares blocks with one that failed, or is of the same request
-            if len(scheduled) > 1:
+            if len(scheduled) > 1 and seq.slot >= 0:
                 seq.is_set_up = False  # its slot may have gone on already
                 self._set_up([entry], time.perf_counter())
+            if seq.slot < 0:
+                continue  # it shared blocks, or it or another of its request has just been given up
+            if len(scheduled) > 1:
                 try:
                     ran = self._run([entry], copies)
                 except Exception as own_error:
@@ -165,7 +169,6 @@ class Engine:
                     copies = array("i")
                     self._hand_out([entry], *ran)
                     continue
-            self.scheduler.abandon(seq)
             self.give_up(seq.request, _named(seq.request, error))
 
     def _hand_out(self, scheduled: Scheduled, result: Any, slots: array[int], num_scored: array[int]) -> None:
@@ -292,8 +295,6 @@ class Engine:
             )
         if token == -3:
             error = self.core.sampler.take_error(seq.slot)
-            if not isinstance(error, Exception):
-                raise error
             named = RequestError(f"request {request.id}: its logits processor failed: {error!r}")
             named.__cause__ = error
             return named
@@ -313,7 +314,9 @@ class Engine:
                     if seq.constraint is not None and seq.num_computed + count == seq.num_inputs:
                         self.core.sampler.set_mask(seq.slot, seq.constraint.mask())
             except Exception as error:
-                self.scheduler.abandon(seq)
+                for sibling in request.sequences:
+                    if sibling.slot >= 0:
+                        self.scheduler.abandon(sibling)
                 self.give_up(request, _named(request, error))
                 continue
             seq.is_set_up = True

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import insort
-from collections import abc
+from collections import Counter, abc
 from typing import Protocol
 
 from pyengine.engine.generation import Generation
@@ -44,6 +44,7 @@ class BlockManager(Protocol):
     def free(self, blocks: abc.Sequence[int], /) -> None: ...
     def make_writable(self, block: int, /) -> int: ...
     def publish(self, token_ids: array[int], blocks: abc.Sequence[int], /) -> None: ...
+    def reference_count(self, block: int, /) -> int: ...
     def reset_prefix_cache(self) -> None: ...
 
 
@@ -220,9 +221,9 @@ class Scheduler:
             return False
         self._match(seq)
         missing = blocks_for(seq.num_inputs) - len(seq.blocks)
-        room = self.manager.num_available + sum(len(one.blocks) for one in later)
-        while missing <= room and later and not self._fits(missing):
-            self._preempt(later.pop())
+        if later and not self._fits(missing) and self._would_fit(missing, without=later):
+            while not self._fits(missing):
+                self._preempt(later.pop())
         if not self._fits(missing):
             self.manager.free(seq.blocks.tolist())
             seq.blocks, seq.num_computed = array("i"), 0
@@ -241,6 +242,13 @@ class Scheduler:
         # One block of growth for everyone who runs, or the newcomer would soon be preempted again.
         growth = len(self.running)
         return bool(self._free_slots) and missing + growth <= self.manager.num_available
+
+    def _would_fit(self, missing: int, without: list[Sequence]) -> bool:
+        """Whether there is a place once all of ``without`` have lost theirs; blocks that they share with
+        others stay in use."""
+        held = Counter(block for one in without for block in one.blocks)
+        freed = sum(self.manager.reference_count(block) == count for block, count in held.items())
+        return missing + len(self.running) - len(without) <= self.manager.num_available + freed
 
     def _match(self, seq: Sequence) -> None:
         """Use the blocks of the prefix index as far as they reach beyond what the sequence has computed."""

@@ -9,7 +9,6 @@ by a garbage collection, in any thread and at any point of it, and its request i
 from __future__ import annotations
 
 import atexit
-import heapq
 import os
 import threading
 import time
@@ -20,8 +19,9 @@ from typing import Any
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
 from pyengine.engine.mailbox import ENTERED
+from pyengine.engine.outside import Outside
 from pyengine.engine.request import Request
-from pyengine.errors import ClosedError, InternalError, PyEngineError, RequestError
+from pyengine.errors import ClosedError, InternalError, OutOfMemory, PyEngineError, RequestError
 from pyengine.outputs import EngineStats
 
 _running: set[EngineThread] = set()
@@ -30,7 +30,8 @@ _running: set[EngineThread] = set()
 class EngineThread:
     """Owns an engine. The thread starts with the first request, and sleeps while there is none.
 
-    max_queue_size: requests that wait in the scheduler at most; others wait outside, in the same order.
+    max_queue_size: requests that wait in the scheduler at most; others wait outside, in the same order. One
+    that goes before all of them does not wait outside.
     """
 
     def __init__(self, engine: Engine, max_queue_size: int) -> None:
@@ -38,7 +39,7 @@ class EngineThread:
         self.max_queue_size = max_queue_size
         self.names: dict[str, Request] = {}  # unfinished requests by id
         self._open: dict[int, Request] = {}  # those whose callers have to be told how they end
-        self._outside: list[tuple[int, int, Request]] = []  # a heap
+        self._outside = Outside()
         self._inbox: SimpleQueue[tuple[Callable[[Any], None], Any]] = SimpleQueue()
         self._stopping = False
         self._over: Callable[[Request], PyEngineError] | None = None  # why nothing runs any more
@@ -58,17 +59,21 @@ class EngineThread:
         for request in requests:
             if self._over is not None:
                 raise self._over(request)
+            self._open[request.number] = request  # first: once it has a name, it may be aborted
             with self._names_lock:
                 holder = self.names.setdefault(request.id, request)
             if holder is not request:
+                self._open.pop(request.number, None)
                 raise RequestError(f"request_id={request.id!r} belongs to a request that is still running")
-            self._open[request.number] = request
             self._inbox.put((self._enter, request))
         if self._over is not None:  # it ended just now, perhaps without having seen them
             self._end_all()
 
     def abort(self, request: Request) -> None:
-        """End a request before the next step; its id is free at once. Takes no lock, waits for nobody."""
+        """End a request before the next step; its id is free at once. Waits for nobody; in a forked child,
+        where the lock of the names may be held by a thread that is not there, it does nothing."""
+        if os.getpid() != self._process:
+            return
         self._free_name(request)
         if not request.ended:
             self._inbox.put((self._abort, request))
@@ -129,17 +134,28 @@ class EngineThread:
             )
 
     def _start(self) -> None:
+        # A daemon, or the interpreter would wait for it before it runs the exit handler below.
+        thread = threading.Thread(target=self._run, name="pyengine-engine", daemon=True)
         with self._start_lock:
-            if self._thread is None and self._over is None:
-                # A daemon, or the interpreter would wait for it before it runs the exit handler below.
-                thread = threading.Thread(target=self._run, name="pyengine-engine", daemon=True)
-                thread.start()
+            if self._thread is not None or self._over is not None:
+                return
+            try:
                 self._thread = thread
+                _running.add(self)
+                thread.start()
+            except BaseException as error:  # Ctrl-C, too, after which it may have started
+                self._thread = None
+                _running.discard(self)
+                if isinstance(error, RuntimeError):
+                    raise OutOfMemory(f"the engine's thread cannot be started: {error}") from error
+                raise
 
     # What the engine's thread does.
 
     def _run(self) -> None:
-        _running.add(self)
+        with self._start_lock:
+            if self._thread is not threading.current_thread():
+                return  # whoever started it was interrupted, and the next one starts another
         over: Callable[[Request], PyEngineError] = _closed
         try:
             while not self._stopping:
@@ -163,25 +179,34 @@ class EngineThread:
             action, argument = inbox.get()  # sleeps while nobody wants anything
             action(argument)
             idle = False
-        while self._outside and engine.num_waiting < self.max_queue_size:
-            self._let_in(heapq.heappop(self._outside)[2])
+        while self._outside and self._has_room():
+            self._let_in(self._outside.pop())
         if engine.requests and not self._stopping:
             try:
                 engine.step()
             except Exception:  # all of its requests were given up, each with its error
                 if engine.requests:
                     raise
-        if engine.ended:
-            ended, engine.ended = engine.ended, []
-            for request in ended:
-                self._tell(request)
+        self._tell_ended()
+
+    def _tell_ended(self) -> None:
+        ended, self.engine.ended = self.engine.ended, []
+        for request in ended:
+            self._tell(request)
+
+    def _has_room(self) -> bool:
+        """For the next one from outside; always, if it goes before everyone in the queue, so that it may take
+        the place of one that runs."""
+        if self.engine.num_waiting < self.max_queue_size:
+            return True
+        request, waiting = self._outside.first(), self.engine.scheduler.waiting
+        return bool(waiting) and (request.priority, request.number) < waiting[0].key
 
     def _enter(self, request: Request) -> None:
-        heapq.heappush(self._outside, (request.priority, request.number, request))
+        if not request.ended:
+            self._outside.append(request)
 
     def _let_in(self, request: Request) -> None:
-        if request.ended:
-            return
         try:
             self.engine.add(request)
             if isinstance(request, Generation) and request.stream and request.mailbox is not None:
@@ -196,6 +221,7 @@ class EngineThread:
         if request.number in self.engine.requests:
             self.engine.abort(request)
         elif not request.ended:
+            self._outside.discard(request)
             self._fail(request, None)
 
     def _stop(self, _: None) -> None:
@@ -215,12 +241,12 @@ class EngineThread:
     def _fail(self, request: Request, error: Exception | None) -> None:
         """End a request without the engine."""
         request.error = request.error or error
-        for seq in request.sequences:
-            if seq.finish_reason is None:
-                seq.finish_reason = "abort"
+        unfinished = [seq for seq in request.sequences if seq.finish_reason is None]
+        for seq in unfinished:
+            seq.finish_reason = "abort"
         request.num_unfinished = 0
         try:
-            for seq in request.sequences:
+            for seq in unfinished:
                 request.report(seq)
         except Exception as failure:
             request.error = request.error or failure
@@ -231,9 +257,14 @@ class EngineThread:
         """Nothing runs any more: tell everyone, also those whose requests are still in the inbox."""
         assert self._over is not None
         if threading.current_thread() is self._thread:
+            self._tell_ended()
             for request in list(self.engine.requests.values()):
-                self.engine.give_up(request, self._over(request))
-                self._tell(request)
+                error = self._over(request)
+                try:
+                    self.engine.give_up(request, error)
+                except BaseException:  # a thread that died in the midst of a step may leave anything behind
+                    self._fail(request, error)
+            self._tell_ended()
         try:
             while True:
                 self._inbox.get_nowait()

@@ -119,6 +119,9 @@ class FakeBlockManager:
         self.taken.append(block)
         return block
 
+    def reference_count(self, block: int) -> int:
+        return self._references[block]
+
     def reset_prefix_cache(self) -> None:
         self._index.clear()
         self._key.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
+from pyengine.engine.scoring import Scoring
 from pyengine.errors import CheckpointError, InternalError, PyEngineError, RequestError, TokenizerError
 
 from .helpers import Letters, engine, generate, params, request, tokens_of
@@ -249,6 +251,44 @@ def test_whoever_shares_what_the_sampler_refused_computes_it_itself(monkeypatch:
     finish(one)
     assert bad.error is not None and good.error is None and good.cached_tokens == 32
     assert tokens_of(good) == generate(engine(), request(0, prompt, params(prompt, 20)))[0]
+
+
+@pytest.mark.parametrize("fault", ["the model fails", "the logits are NaN"])
+def test_whoever_shares_what_another_window_has_promised_computes_it_itself(fault: str) -> None:
+    """The first window of a text fails in the step in which its second has promised blocks to a request."""
+    one = engine(budget=1000)
+    if fault == "the model fails":
+        one.core.model.fail_on = POISON
+    else:  # which comes out when the sequences of a failed step run alone
+        one.core.model.poison, one.core.model.fail_at = POISON, 1
+    bad = Scoring("0", 0, [(array("i", [8, POISON, 1, 2]), 1), (array("i", [9] * 50), 1)])
+    good = request(1, [9] * 48 + [4], params([9] * 48 + [4], 20))
+    one.add(bad)
+    one.add(good)
+    one.step()
+    assert good.cached_tokens == 48 and bad.error is not None and bad.finished
+    finish(one)
+    expected = generate(engine(), request(0, good.prompt_ids, params(good.prompt_ids, 20)))
+    assert good.error is None and tokens_of(good) == expected[0]
+
+
+def test_parameters_refused_after_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = engine()
+    one.core.model.fail_at = 1
+    accept, calls = one.core.sampler.set, iter(range(10))
+
+    def refuse(slot: int, **given: Any) -> None:
+        if next(calls) == 2:  # two requests were set up for the step; now the first of them again
+            raise RequestError("no such temperature")
+        accept(slot, **given)
+
+    monkeypatch.setattr(one.core.sampler, "set", refuse)
+    bad, good = (request(number, PROMPT, params(PROMPT, 20)) for number in range(2))
+    one.add(bad)
+    one.add(good)
+    finish(one)
+    assert str(error_of(bad)) == "request 0: no such temperature"
+    assert good.error is None and tokens_of(good) == alone()
 
 
 def test_a_failing_schedule_gives_up_every_request_and_the_engine_goes_on(

@@ -141,3 +141,19 @@ def test_samples_of_a_request_have_its_priority() -> None:
     urgent = [asked(number, 0, length=40, max_tokens=20) for number in (1, 2, 3)]
     assert order_of_ends(one, urgent) == [1, 2, 3, 0]
     assert tokens_of(low) == expected and low.preemptions > 0
+
+
+def test_nobody_gives_way_for_blocks_that_others_share() -> None:
+    """What the lower priority would free is not enough: most of its blocks are the first one's, too."""
+    one = engine(num_blocks=8)
+    prompt = [7] * 49
+    shares = [request(number, prompt, params(prompt, 10), priority=5 * number) for number in range(2)]
+    for each in shares:
+        one.add(each)
+    one.step()
+    needs_six = asked(2, 1, length=90, max_tokens=5)
+    one.add(needs_six)
+    one.step()
+    assert not any(each.preemptions for each in shares)
+    run(one)
+    assert needs_six.finished and [each.preemptions for each in shares] == [0, 0]
