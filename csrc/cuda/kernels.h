@@ -1,0 +1,81 @@
+// The kernels' launchers: what csrc/cuda/model.cu is made of. All pointers are device memory; every
+// call queues work and returns. Letters as in ops/ops.h. `act` is the dtype of activations and
+// weights: f32, f16 or bf16. C, K and head_dim are multiples of 8, so that every row can be read 16
+// bytes at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "cuda/runtime.h"
+#include "kv/layout.h"
+#include "ops/types.h"
+
+namespace pyengine::cuda {
+
+// Keys and values of one layer. A block is 16 tokens: [n_head][16][head_dim] of keys, and the same
+// of values, in arrays of their own. i8: a key or value is its integer times its scale,
+// [num_blocks][n_head][16].
+struct KVLayer {
+  DType dtype = DType::f32;  // act, or i8
+  int32_t n_head = 0, head_dim = 0;
+  void *keys = nullptr, *values = nullptr;
+  float *key_scales = nullptr, *value_scales = nullptr;  // of i8
+};
+
+// The tokens of a step.
+struct Tokens {
+  const int32_t* ids = nullptr;          // (T,)
+  const int32_t* positions = nullptr;    // (T,)
+  const int32_t* sequence = nullptr;     // (T,) which row of the block table
+  const int32_t* block_table = nullptr;  // (B, max_blocks)
+  int32_t count = 0;                     // T
+  int32_t max_blocks = 0;
+};
+
+// How attention goes over the tokens: sequences with one new token by themselves, the others in
+// tiles of up to kQueryTile tokens of one sequence.
+constexpr int kQueryTile = 64;
+struct AttentionPlan {
+  const int32_t* single = nullptr;  // (num_single,) token
+  const int32_t* tiles = nullptr;   // (num_tiles, 2) first token, number of tokens
+  int32_t num_single = 0, num_tiles = 0;
+  int32_t segments = 1;      // of kKeySegment keys: enough for the longest context of `single`
+  float* partial = nullptr;  // (num_single, H, segments, head_dim + 2)
+};
+inline int64_t partial_floats(int64_t num_single, int n_head, int head_dim, int segments) {
+  return segments > 1 ? num_single * n_head * segments * (head_dim + 2) : 0;
+}
+
+// dst (N, K) = src (N, K), or its transpose (K, N), rounded to `to`.
+void convert_weight(Stream& stream, const void* src, DType from, bool transpose, int64_t n,
+                    int64_t k, void* dst, DType to);
+
+// x[t] = wte[ids[t]] + wpe[positions[t]]; x (T, C) f32
+void embed(Stream& stream, const Tokens& tokens, const void* wte, const void* wpe, DType act,
+           int channels, float* x);
+
+// ops::layer_norm; out (R, C) of act
+void layer_norm(Stream& stream, const float* x, const int32_t* rows, int num_rows, int channels,
+                const float* gain, const float* bias, float eps, void* out, DType act);
+
+enum class Output { act, f32, add };  // out = y; out = y, f32; out += y, f32
+
+// y = activation(x w + bias); x (R, K) act; w (N, K) act; bias (N,) or null; out (R, N).
+// Up to kGemvRows rows read the weights once and are reduced alike, whatever their number.
+constexpr int kGemvRows = 8;
+void dense(Stream& stream, const void* x, DType act, int num_rows, const void* w, int64_t k,
+           int64_t n, const float* bias, ops::Activation activation, Output output, void* out);
+
+// Keys and values of qkv (T, 3C) act to their slots.
+void write_kv(Stream& stream, const void* qkv, DType act, const Tokens& tokens,
+              const KVLayer& cache);
+
+// ops::attention; q are the first C columns of qkv (T, 3C) act; out (T, C) act.
+void attention(Stream& stream, const void* qkv, DType act, const Tokens& tokens,
+               const AttentionPlan& plan, const KVLayer& cache, float scale, void* out);
+
+// Blocks of block_bytes (a multiple of 16): pairs (n, 2) of source and target.
+void copy_blocks(Stream& stream, void* blocks, size_t block_bytes, const int32_t* pairs, int n);
+
+}  // namespace pyengine::cuda

@@ -1,0 +1,450 @@
+// The CUDA kernels against float64, on the simulator: ragged shapes, every dtype. Each result must
+// be the same bits in several orders of threads and blocks, and whatever unwritten memory holds.
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <numeric>
+
+#include "cuda/kernels.h"
+#include "tests/check.h"
+#include "tests/cuda_arrays.h"
+#if defined(PYENGINE_CUDA_SIM)
+#include "cuda_sim/sim.h"
+#endif
+
+namespace {
+
+using namespace pyengine;
+using namespace pyengine::cuda;
+using namespace pyengine::test;
+
+const DType kFloats[] = {DType::f32, DType::f16, DType::bf16};
+
+// The results of `run`, which allocates all its memory, in every schedule.
+std::vector<float> in_every_schedule(const std::function<std::vector<float>()>& run) {
+#if defined(PYENGINE_CUDA_SIM)
+  struct Schedule {
+    uint64_t seed;
+    uint32_t poison;
+  };
+  // Enough for ThreadSanitizer, which finds races in any order, and takes its time.
+  const bool quick = std::getenv("PYENGINE_TEST_QUICK") != nullptr;
+  std::vector<float> first;
+  for (const auto [seed, poison] : {Schedule{0, 0xffffffffu}, {1, 0x71497149u}, {6, 0xffffffffu}}) {
+    sim::options().seed = seed;
+    sim::options().poison = poison;
+    std::vector<float> result = run();
+    sim::options() = sim::Options();
+    if (first.empty()) {
+      first = std::move(result);
+      if (quick) break;
+    } else if (std::memcmp(first.data(), result.data(), first.size() * 4) != 0) {
+      fail(__FILE__, __LINE__,
+           "the result depends on the schedule or on unwritten memory: seed " +
+               std::to_string(seed));
+    }
+  }
+  return first;
+#else
+  return run();
+#endif
+}
+
+// |got - expected| <= allowed[i]
+void check_close(const std::vector<float>& got, const std::vector<double>& expected,
+                 const std::vector<double>& allowed, const std::string& what) {
+  CHECK_EQ(got.size(), expected.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (std::abs(got[i] - expected[i]) <= allowed[i]) continue;
+    fail(__FILE__, __LINE__,
+         what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", expected " +
+             std::to_string(expected[i]) + " +- " + std::to_string(allowed[i]));
+  }
+}
+
+TEST(embedding) {
+  for (DType act : kFloats) {
+    for (int channels : {8, 64, 1600}) {
+      const int vocab = 11, n_positions = 7;
+      const auto wte = normals(vocab * channels, 1, act),
+                 wpe = normals(n_positions * channels, 1, act);
+      const std::vector<int32_t> ids = {10, 0, 3, 3, 7}, positions = {0, 6, 2, 3, 1};
+      const auto x = in_every_schedule([&] {
+        Stream stream;
+        Array a(stream, act, wte), b(stream, act, wpe), out(stream, DType::f32, 5 * channels);
+        Integers i(stream, ids), p(stream, positions);
+        Tokens tokens;
+        tokens.ids = i.data();
+        tokens.positions = p.data();
+        tokens.count = 5;
+        embed(stream, tokens, a.data(), b.data(), act, channels, out.f32());
+        return out.get();
+      });
+      for (int t = 0; t < 5; ++t) {
+        for (int c = 0; c < channels; ++c) {
+          CHECK_EQ(x[t * channels + c],
+                   wte[ids[t] * channels + c] + wpe[positions[t] * channels + c]);
+        }
+      }
+    }
+  }
+}
+
+TEST(layer_norms) {
+  for (DType act : kFloats) {
+    for (int channels : {8, 64, 776, 1600}) {
+      auto x = normals(6 * channels, 3);
+      for (int c = 0; c < channels; ++c) x[channels + c] += 100;  // a mean that is far away
+      const auto gain = normals(channels, 1), bias = normals(channels, 1);
+      const std::vector<int32_t> rows = {5, 1, 1, 0};
+      const float eps = 1e-5f;
+      for (bool chosen : {false, true}) {
+        const int n = chosen ? 4 : 6;
+        const auto got = in_every_schedule([&] {
+          Stream stream;
+          Array a(stream, DType::f32, x), g(stream, DType::f32, gain), b(stream, DType::f32, bias);
+          Array out(stream, act, n * channels);
+          Integers r(stream, rows);
+          layer_norm(stream, a.f32(), chosen ? r.data() : nullptr, n, channels, g.f32(), b.f32(),
+                     eps, out.data(), act);
+          return out.get();
+        });
+        std::vector<double> expected, allowed;
+        for (int r = 0; r < n; ++r) {
+          const float* row = x.data() + (chosen ? rows[r] : r) * channels;
+          double mean = 0, variance = 0;
+          for (int c = 0; c < channels; ++c) mean += row[c];
+          mean /= channels;
+          for (int c = 0; c < channels; ++c) variance += (row[c] - mean) * (row[c] - mean);
+          variance /= channels;
+          for (int c = 0; c < channels; ++c) {
+            const double y = (row[c] - mean) / std::sqrt(variance + eps) * gain[c] + bias[c];
+            expected.push_back(y);
+            const double lost = 1e-6 * (std::abs(mean) / std::sqrt(variance) + 1);
+            allowed.push_back(lost * (std::abs(gain[c]) * 4 + 1) + epsilon(act) * std::abs(y));
+          }
+        }
+        check_close(got, expected, allowed, "layer_norm");
+      }
+    }
+  }
+}
+
+double activated(double x, ops::Activation activation) {
+  switch (activation) {
+    case ops::Activation::gelu_tanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case ops::Activation::gelu_erf:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    case ops::Activation::relu:
+      return std::max(x, 0.0);
+    case ops::Activation::silu:
+      return x / (1 + std::exp(-x));
+    default:
+      return x;
+  }
+}
+
+struct DenseCase {
+  int m, k, n;
+  ops::Activation activation;
+  Output output;
+  bool biased;
+};
+
+void check_dense(DType act, const DenseCase& c) {
+  const auto x = normals(c.m * c.k, 1, act), w = normals(c.n * c.k, 0.3f, act);
+  const auto bias = normals(c.n, 1), before = normals(c.m * c.n, 1);
+  const DType out_type = c.output == Output::act ? act : DType::f32;
+  const auto got = in_every_schedule([&] {
+    Stream stream;
+    Array xs(stream, act, x), ws(stream, act, w), b(stream, DType::f32, bias);
+    Array out(stream, out_type, c.m * c.n);
+    if (c.output == Output::add) out.set(before);
+    dense(stream, xs.data(), act, c.m, ws.data(), c.k, c.n, c.biased ? b.f32() : nullptr,
+          c.activation, c.output, out.data());
+    return out.get();
+  });
+  std::vector<double> expected, allowed;
+  for (int r = 0; r < c.m; ++r) {
+    for (int j = 0; j < c.n; ++j) {
+      double sum = 0, size = 0;
+      for (int i = 0; i < c.k; ++i) {
+        const double product = double{x[r * c.k + i]} * w[j * c.k + i];
+        sum += product;
+        size += std::abs(product);
+      }
+      double y = activated(c.biased ? sum + bias[j] : sum, c.activation);
+      if (c.output == Output::add) y += before[r * c.n + j];
+      expected.push_back(y);
+      allowed.push_back(1e-6 * (size + 2) + epsilon(out_type) * std::abs(y));
+    }
+  }
+  check_close(got, expected, allowed,
+              "dense of " + std::to_string(c.m) + " rows, K " + std::to_string(c.k) + ", N " +
+                  std::to_string(c.n));
+}
+
+TEST(dense_layers) {
+  using ops::Activation;
+  const DenseCase cases[] = {
+      {1, 64, 96, Activation::none, Output::act, true},
+      {2, 264, 33, Activation::gelu_tanh, Output::act, true},
+      {3, 776, 17, Activation::none, Output::f32, false},
+      {5, 8, 5, Activation::gelu_erf, Output::act, true},
+      {8, 512, 20, Activation::none, Output::add, true},
+      {9, 40, 70, Activation::none, Output::add, true},
+      {64, 64, 64, Activation::relu, Output::act, true},
+      {65, 72, 67, Activation::silu, Output::act, false},
+      {100, 296, 33, Activation::none, Output::f32, false},
+      {130, 48, 140, Activation::gelu_tanh, Output::act, true},
+      {200, 8, 129, Activation::none, Output::add, true},
+  };
+  for (DType act : kFloats) {
+    for (const DenseCase& c : cases) check_dense(act, c);
+  }
+}
+
+// Up to eight rows a row's result does not depend on the others; in products of more rows neither.
+TEST(dense_rows_are_alike_in_any_number) {
+  const int k = 264, n = 37;
+  for (DType act : kFloats) {
+    const auto x = normals(200 * k, 1, act), w = normals(n * k, 0.3f, act);
+    auto first = [&](int m, int skip) {
+      Stream stream;
+      Array xs(stream, act, std::vector<float>(x.begin() + skip * k, x.begin() + (skip + m) * k));
+      Array ws(stream, act, w), out(stream, DType::f32, m * n);
+      dense(stream, xs.data(), act, m, ws.data(), k, n, nullptr, ops::Activation::none, Output::f32,
+            out.data());
+      std::vector<float> y = out.get();
+      return std::vector<float>(y.begin() + (7 - skip) * n, y.begin() + (8 - skip) * n);
+    };
+    const auto few = first(8, 0);  // row 7 each time
+    for (int skip : {3, 4, 6, 7}) CHECK(first(8 - skip, skip) == few);
+    const auto many = first(9, 0);
+    for (int m : {40, 64, 128, 129, 193}) CHECK(first(m, 0) == many);
+    CHECK(first(100, 5) == many);
+  }
+}
+
+TEST(weights_are_transposed_and_rounded) {
+  for (DType from : kFloats) {
+    for (DType to : kFloats) {
+      for (bool transpose : {false, true}) {
+        const int n = 37, k = 72;
+        const auto w = normals(n * k, 1, from);
+        const auto got = in_every_schedule([&] {
+          Stream stream;
+          Array src(stream, from, w), dst(stream, to, n * k);
+          convert_weight(stream, src.data(), from, transpose, n, k, dst.data(), to);
+          return dst.get();
+        });
+        for (int i = 0; i < n; ++i) {
+          for (int j = 0; j < k; ++j) {
+            CHECK_EQ(got[i * k + j], rounded(w[transpose ? j * n + i : i * k + j], to));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(blocks_are_copied) {
+  const auto blocks = normals(6 * 96, 1);
+  const auto got = in_every_schedule([&] {
+    Stream stream;
+    Array a(stream, DType::f32, blocks);
+    Integers pairs(stream, {0, 5, 4, 2, 0, 1});
+    copy_blocks(stream, a.data(), 96 * 4, pairs.data(), 3);
+    return a.get();
+  });
+  const int from[] = {0, 0, 4, 3, 4, 0};
+  for (int b = 0; b < 6; ++b) {
+    for (int i = 0; i < 96; ++i) CHECK_EQ(got[b * 96 + i], blocks[from[b] * 96 + i]);
+  }
+}
+
+// A ragged batch whose earlier tokens are in the cache: context and new tokens of each sequence.
+struct Sequence {
+  int context, fresh;
+};
+
+struct AttentionCase {
+  DType act, kv;
+  int n_head, head_dim;
+  std::vector<Sequence> sequences;
+};
+
+struct HostTokens {
+  std::vector<int32_t> positions, sequence, single, tiles;
+  int longest_single = 1;
+
+  void add(int b, int begin, int end) {
+    const auto first = static_cast<int32_t>(positions.size());
+    for (int p = begin; p < end; ++p) {
+      positions.push_back(p);
+      sequence.push_back(b);
+    }
+    if (end - begin == 1) {
+      single.push_back(first);
+      longest_single = std::max(longest_single, end);
+      return;
+    }
+    for (int i = 0; i < end - begin; i += kQueryTile) {
+      tiles.push_back(first + i);
+      tiles.push_back(std::min(kQueryTile, end - begin - i));
+    }
+  }
+};
+
+void check_attention(const AttentionCase& c) {
+  const int channels = c.n_head * c.head_dim;
+  const auto num_seqs = static_cast<int>(c.sequences.size());
+  int max_blocks = 0, num_blocks = 3, total = 0;
+  for (const Sequence& s : c.sequences) {
+    const int used = (s.context + kBlockTokens - 1) / kBlockTokens;
+    max_blocks = std::max(max_blocks, used);
+    num_blocks += used;
+    total += s.context;
+  }
+  // Blocks in no order; what a sequence does not use names a block that does not exist.
+  std::vector<int32_t> free_blocks(num_blocks), table(num_seqs * max_blocks, 1 << 20);
+  std::iota(free_blocks.begin(), free_blocks.end(), 0);
+  std::shuffle(free_blocks.begin(), free_blocks.end(), random_engine());
+  HostTokens before, fresh;
+  std::vector<int> begin_of(num_seqs);
+  for (int b = 0, at = 0; b < num_seqs; ++b) {
+    const Sequence& s = c.sequences[b];
+    for (int i = 0; i * kBlockTokens < s.context; ++i) {
+      table[b * max_blocks + i] = free_blocks.back();
+      free_blocks.pop_back();
+    }
+    begin_of[b] = at;
+    at += s.context;
+    before.add(b, 0, s.context - s.fresh);
+    fresh.add(b, s.context - s.fresh, s.context);
+  }
+  const auto all = normals(static_cast<size_t>(total) * 3 * channels, 1.5f, c.act);
+  auto rows_of = [&](const HostTokens& tokens) {
+    std::vector<float> rows;
+    for (size_t t = 0; t < tokens.positions.size(); ++t) {
+      const auto row =
+          all.begin() + (begin_of[tokens.sequence[t]] + tokens.positions[t]) * 3 * channels;
+      rows.insert(rows.end(), row, row + 3 * channels);
+    }
+    return rows;
+  };
+  const float scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+  const auto got = in_every_schedule([&] {
+    Stream stream;
+    const size_t elements = static_cast<size_t>(num_blocks) * kBlockTokens * channels;
+    DeviceBuffer keys(elements * size_of(c.kv), "keys"), values(elements * size_of(c.kv), "values");
+    DeviceBuffer key_scales(elements / c.head_dim * 4, "scales"),
+        value_scales(elements / c.head_dim * 4, "scales");
+    KVLayer cache;
+    cache.dtype = c.kv;
+    cache.n_head = c.n_head;
+    cache.head_dim = c.head_dim;
+    cache.keys = keys.data();
+    cache.values = values.data();
+    cache.key_scales = key_scales.as<float>();
+    cache.value_scales = value_scales.as<float>();
+    Integers device_table(stream, table);
+    std::vector<float> result;
+    for (const HostTokens* host : {&before, &fresh}) {
+      if (host->positions.empty()) continue;
+      Array qkv(stream, c.act, rows_of(*host));
+      Integers positions(stream, host->positions), sequence(stream, host->sequence);
+      Integers single(stream, host->single), tiles(stream, host->tiles);
+      Tokens tokens;
+      tokens.positions = positions.data();
+      tokens.sequence = sequence.data();
+      tokens.block_table = device_table.data();
+      tokens.count = static_cast<int32_t>(host->positions.size());
+      tokens.max_blocks = max_blocks;
+      write_kv(stream, qkv.data(), c.act, tokens, cache);
+      stream.wait();
+      if (host == &before) continue;
+      AttentionPlan plan;
+      plan.single = single.data();
+      plan.tiles = tiles.data();
+      plan.num_single = static_cast<int32_t>(host->single.size());
+      plan.num_tiles = static_cast<int32_t>(host->tiles.size() / 2);
+      plan.segments = (host->longest_single + ops::kKeySegment - 1) / ops::kKeySegment;
+      Array partial(stream, DType::f32,
+                    partial_floats(plan.num_single, c.n_head, c.head_dim, plan.segments));
+      plan.partial = partial.f32();
+      Array out(stream, c.act, host->positions.size() * channels);
+      attention(stream, qkv.data(), c.act, tokens, plan, cache, scale, out.data());
+      result = out.get();
+    }
+    return result;
+  });
+
+  // Keys and values as the cache keeps them.
+  std::vector<float> kept = all;
+  if (c.kv == DType::i8) {
+    for (size_t i = 0; i < kept.size(); i += c.head_dim) {
+      if (i / channels % 3 == 0) continue;
+      float largest = 0;
+      for (int d = 0; d < c.head_dim; ++d) largest = std::max(largest, std::abs(kept[i + d]));
+      for (int d = 0; d < c.head_dim; ++d) {
+        kept[i + d] = std::nearbyint(kept[i + d] * (127 / largest)) * (largest / 127);
+      }
+    }
+  }
+  std::vector<double> expected, allowed;
+  for (size_t t = 0; t < fresh.positions.size(); ++t) {
+    const int first = begin_of[fresh.sequence[t]], n = fresh.positions[t] + 1;
+    for (int h = 0; h < c.n_head; ++h) {
+      const float* q =
+          all.data() + static_cast<size_t>(first + n - 1) * 3 * channels + h * c.head_dim;
+      std::vector<double> p(n);
+      for (int j = 0; j < n; ++j) {
+        const float* key =
+            kept.data() + (static_cast<size_t>(first + j) * 3 + 1) * channels + h * c.head_dim;
+        double score = 0;
+        for (int d = 0; d < c.head_dim; ++d) score += double{q[d]} * key[d];
+        p[j] = score * scale;
+      }
+      const double best = *std::max_element(p.begin(), p.end());
+      double sum = 0;
+      for (double& x : p) sum += x = std::exp(x - best);
+      for (int d = 0; d < c.head_dim; ++d) {
+        double y = 0, size = 0;
+        for (int j = 0; j < n; ++j) {
+          const double v =
+              kept[(static_cast<size_t>(first + j) * 3 + 2) * channels + h * c.head_dim + d];
+          y += p[j] / sum * v;
+          size += p[j] / sum * std::abs(v);
+        }
+        expected.push_back(y);
+        // Weights are rounded to the dtype on tensor cores, and the result once everywhere.
+        allowed.push_back(1e-5 * (size + 0.1) +
+                          epsilon(c.act) * (std::abs(y) + (c.act == DType::f32 ? 0 : size)));
+      }
+    }
+  }
+  check_close(got, expected, allowed,
+              "attention in " + std::string(name_of(c.act)) + ", cache " + name_of(c.kv) +
+                  ", head_dim " + std::to_string(c.head_dim));
+}
+
+TEST(attention_over_ragged_batches) {
+  const std::vector<Sequence> ragged = {{1, 1}, {40, 40}, {17, 1}, {130, 67}, {300, 1}, {2, 2}};
+  const std::vector<Sequence> long_contexts = {{2000, 1}, {513, 3}};
+  const std::vector<Sequence> singles = {{16, 1}, {256, 1}, {1, 1}};
+  for (DType act : kFloats) {
+    for (int head_dim : {32, 64, 80, 128}) check_attention({act, act, 1, head_dim, ragged});
+    if (std::getenv("PYENGINE_TEST_QUICK") != nullptr) continue;
+    check_attention({act, act, 1, 64, long_contexts});
+    for (DType kv : {act, DType::i8}) {
+      check_attention({act, kv, 2, 8, ragged});
+      check_attention({act, kv, 1, 80, singles});
+      check_attention({act, kv, 1, 256, singles});
+      check_attention({act, kv, 2, 96, {{33, 33}, {100, 1}}});
+    }
+  }
+}
+
+}  // namespace
