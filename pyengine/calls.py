@@ -13,7 +13,7 @@ from pyengine.engine.mailbox import ENTERED, AsyncMailbox
 from pyengine.engine.request import Request
 from pyengine.engine.thread import EngineThread
 from pyengine.errors import InternalError, PyEngineError, RequestError
-from pyengine.outputs import StreamDelta
+from pyengine.outputs import RequestOutput, StreamDelta
 
 Progress = Callable[[int, int, int], object]  # finished requests, all requests, tokens so far
 _PROGRESS_INTERVAL = 0.1  # seconds
@@ -64,14 +64,25 @@ def finished_in_order(
                 engine.abort(request)
 
 
-def raise_first_error(requests: Sequence[Request], what: str) -> None:
-    """The error of the first request that failed, named by its place among several (``what`` is "prompt")."""
+def raise_first_error(
+    requests: Sequence[Request], what: str, outputs: list[RequestOutput] | None = None
+) -> None:
+    """The error of the first request that failed, named by its place among several (``what`` is "prompt").
+    ``outputs``, one per request, go with it, and tell of the others that failed."""
+    first: PyEngineError | None = None
     for number, request in enumerate(requests, 1):
-        if request.error is not None:
-            if len(requests) == 1:
-                raise request.error
-            named = _kind(request.error)(f"{what} {number} of {len(requests)}: {request.error}")
-            raise named from request.error
+        if request.error is None:
+            continue
+        if len(requests) == 1:
+            raise request.error
+        named = _kind(request.error)(f"{what} {number} of {len(requests)}: {request.error}")
+        named.__cause__ = request.error
+        first = first or named
+        if outputs is not None:
+            outputs[number - 1].error = named
+    if first is not None:
+        first.outputs = outputs
+        raise first
 
 
 def check_callback(name: str, given: object) -> None:

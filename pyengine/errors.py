@@ -6,6 +6,11 @@ raises the same classes.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyengine.outputs import RequestOutput
+
 __all__ = [
     "CheckpointError",
     "ClosedError",
@@ -20,7 +25,13 @@ __all__ = [
 
 
 class PyEngineError(Exception):
-    """Base class of all errors of pyengine."""
+    """Base class of all errors of pyengine.
+
+    outputs: of a ``generate`` call for several prompts, one RequestOutput per prompt; those that failed have
+        an ``error`` instead of texts. None elsewhere.
+    """
+
+    outputs: list[RequestOutput] | None = None
 
 
 class CheckpointError(PyEngineError):

@@ -19,6 +19,7 @@ from pyengine.calls import (
     wait_for_end,
 )
 from pyengine.decoding.params import MAX_SEED, SamplingParams
+from pyengine.engine.generation import Generation
 from pyengine.engine.thread import EngineThread
 from pyengine.errors import RequestError
 from pyengine.loading import check_count, load
@@ -167,10 +168,12 @@ class LLM:
         ``on_output`` is called with (index, output) for each prompt in order, as soon as it and those before
         it are finished; after Ctrl-C also for the others, whose finish_reason is "abort". Both are called in
         the thread that calls ``generate``.
-        Every prompt is checked before the first one runs: RequestError names the one at fault ("prompt 2 of
-        3"), and nothing has run then. If one fails later (CheckpointError where the model yields NaN), the
-        others go on, ``on_output`` gets theirs, and the error is raised at the end, that of the first one if
-        several fail. Callbacks that raise end the call and its requests.
+        If a prompt or its parameters cannot be served (RequestError), or fail later (CheckpointError where
+        the model yields NaN), the others run to their ends and ``on_output`` gets theirs. Then the error is
+        raised, that of the first one if several fail: it names the prompt ("prompt 2 of 3"), and its
+        ``outputs`` has one RequestOutput per prompt, with an ``error`` for those that failed. What concerns
+        the whole call (two parameters for three prompts) is refused before anything runs. Callbacks that
+        raise end the call and its requests.
         """
         check_callback("progress", progress)
         check_callback("on_output", on_output)
@@ -184,17 +187,21 @@ class LLM:
             with closing(ended):
                 for request in ended:
                     reported += 1
-                    if request.error is None:
+                    if request.error is None and isinstance(request, Generation):
                         outputs.append(request.output())
                         if on_output is not None:
                             on_output(reported - 1, outputs[-1])
+                    else:
+                        ids = request.prompt_ids.tolist()
+                        outputs.append(RequestOutput(request.id, request.prompt, ids, [], finished=False))
         except KeyboardInterrupt:
             if on_output is not None:
                 wait_for_end(self._thread, requests)
-                for index in range(reported, len(requests)):
-                    on_output(index, requests[index].output())
+                for index, request in enumerate(requests[reported:], reported):
+                    if isinstance(request, Generation):
+                        on_output(index, request.output())
             raise
-        raise_first_error(requests, "prompt")
+        raise_first_error(requests, "prompt", outputs)
         return outputs
 
     def stream(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyengine.errors import PyEngineError
 
 __all__ = [
     "Choice",
@@ -70,6 +74,8 @@ class RequestOutput:
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     # Per token of the prompt, as of new ones, if asked for; the first follows nothing: None.
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    # Why there is no text; found in ``PyEngineError.outputs`` only, because ``generate`` raises it.
+    error: PyEngineError | None = None
 
 
 @dataclass(slots=True)

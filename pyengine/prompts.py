@@ -22,9 +22,16 @@ def is_one(prompts: Any) -> bool:
 
 def as_list(prompts: Prompts) -> list[Prompt]:
     """The prompts of a call; arrays and tensors become lists. RequestError for anything else."""
-    if is_one(prompts):
-        return [prompts if prompts is None or isinstance(prompts, str) else _listed(prompts)]
-    return [item if item is None or isinstance(item, str) else _listed(item) for item in _listed(prompts)]
+    return [as_prompt(item) for item in items_of(prompts)]
+
+
+def items_of(prompts: Any) -> list[Any]:
+    """The prompts of a call as they are given. RequestError if this is neither a prompt nor a list."""
+    return [prompts] if is_one(prompts) else _listed(prompts)
+
+
+def as_prompt(item: Any) -> Prompt:
+    return item if item is None or isinstance(item, str) else _listed(item)
 
 
 def as_one(prompt: Any, what: str) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,29 @@ from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.engine.beams import BeamSearch
 from pyengine.engine.engine import Engine
 from pyengine.engine.generation import Generation
+from pyengine.engine.request import Request
 from pyengine.engine.scheduler import BLOCK_TOKENS
 from pyengine.engine.scoring import Scoring
-from pyengine.errors import RequestError, TokenizerError
-from pyengine.prompts import Prompt, Prompts, as_list, is_one
+from pyengine.errors import PyEngineError, RequestError
+from pyengine.prompts import Prompt, Prompts, as_list, as_prompt, is_one, items_of
 from pyengine.targets import Target, check_scoring
 
 _AUTOMATIC_ID = "auto-"  # what the ids of requests without a request_id begin with
 _MAX_PRIORITY = 2**31 - 1
+
+
+class Refused(Request):
+    """A prompt, or parameters, that cannot be served: it never enters the engine."""
+
+    num_new_tokens = 0
+
+    def __init__(self, prompt: Any, error: PyEngineError) -> None:
+        super().__init__("", -1, 0, None)
+        self.sequences = ()
+        self.prompt = prompt if isinstance(prompt, str) else None
+        self.prompt_ids = array("i")
+        self.error = error
+        self.ended = True
 
 
 class RequestMaker:
@@ -37,21 +53,20 @@ class RequestMaker:
         self._numbers = itertools.count()
         self._seeds = itertools.count()
 
-    def generations(self, prompts: Prompts, params: Any, priority: Any) -> list[Generation]:
-        """One per prompt. RequestError or TokenizerError naming the prompt at fault, by its place in a list.
-        """
-        listed = as_list(prompts)
+    def generations(self, prompts: Prompts, params: Any, priority: Any) -> list[Generation | Refused]:
+        """One per prompt; those that cannot be served have ended already. RequestError where it is not one
+        prompt that is at fault."""
+        listed = items_of(prompts)
         each = zip(
             listed, params_of_each(params, len(listed)), _one_for_each(priority, len(listed)), strict=True
         )
-        requests = []
-        for index, (prompt, one, its_priority) in enumerate(each):
+        requests: list[Generation | Refused] = []
+        for prompt, one, its_priority in each:
+            seed = self._next_seed()  # taken by refused prompts, too: the others keep theirs
             try:
-                requests.append(self._generation(prompt, one, its_priority))
-            except (RequestError, TokenizerError) as error:
-                if is_one(prompts):
-                    raise
-                raise type(error)(f"prompt {index + 1} of {len(listed)}: {error}") from error
+                requests.append(self._generation(as_prompt(prompt), one, its_priority, seed))
+            except PyEngineError as error:
+                requests.append(Refused(prompt, error))
         return requests
 
     def streamed(
@@ -67,7 +82,7 @@ class RequestMaker:
             )
         (one,), (its_params,) = as_list(prompt), params_of_each(params, 1)
         (its_priority,) = _one_for_each(priority, 1)
-        return self._generation(one, its_params, its_priority, request_id, stream=True)
+        return self._generation(one, its_params, its_priority, self._next_seed(), request_id, stream=True)
 
     def scorings(self, targets: Sequence[Target], stride: Any, top_n: Any, priority: Any) -> list[Scoring]:
         """One per target; texts longer than the context in windows ``stride`` apart."""
@@ -86,10 +101,11 @@ class RequestMaker:
         prompt: Prompt,
         params: SamplingParams,
         priority: int,
+        seed: int,
         request_id: str | None = None,
         stream: bool = False,
     ) -> Generation:
-        """A request that is known to fit."""
+        """A request that is known to fit. ``seed``: where its parameters have none."""
         codec = self._codec
         ids = codec.encode_prompt(prompt)
         text = prompt if isinstance(prompt, str) else None
@@ -102,7 +118,7 @@ class RequestMaker:
             params,
             prompt_tokens=len(ids),
             max_model_len=self._engine.max_model_len,
-            seed=self._next_seed(),
+            seed=seed,
             vocabulary=codec,
         )
         if stream and resolved.beams is not None:

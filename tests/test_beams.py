@@ -51,8 +51,8 @@ def reference() -> Any:
 def prompts(llm: LLM) -> list[list[int]]:
     rng = np.random.default_rng(5)
     assert llm.tokenizer is not None
-    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be "
-    text += "in want of a wife. However little known the feelings or views of such a man may be on his first "
+    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    text += "must be in want of a wife. However little known the feelings or views of such a man may be on "
     ids = llm.tokenizer.encode(text)
     starts = [int(start) for start in rng.integers(0, len(ids) - max(LENGTHS), 32)]
     return [ids[start : start + LENGTHS[number // 8]] for number, start in enumerate(starts)]

@@ -18,6 +18,8 @@ EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
+_MOST_LINES = 10  # about prompts that failed; those with the same fault share one
+
 _COMMANDS = {
     "generate": "Continue prompts.",
     "score": "Log-probability and perplexity of texts; rank choices.",
@@ -106,6 +108,12 @@ def _discard_output() -> None:
 def _describe(error: Exception) -> str:
     from pyengine.errors import InternalError, PyEngineError
 
+    if isinstance(error, PyEngineError) and error.outputs is not None:
+        failed = [one.error for one in error.outputs if one.error is not None]
+        lines = list({str(each.__cause__): f"pyengine: {each}" for each in reversed(failed)}.values())[::-1]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"pyengine: {len(lines) - _MOST_LINES} more prompts failed"]
+        return "\n".join(lines)
     if isinstance(error, PyEngineError) and not isinstance(error, InternalError):
         return f"pyengine: {error}"
     if isinstance(error, OSError) and error.errno is None:

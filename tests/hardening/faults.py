@@ -42,7 +42,7 @@ def command(*arguments: str, input: bytes | str | None = None) -> Result:
 def refused_command(
     *arguments: str, fragments: tuple[str, ...], input: bytes | str | None = None, code: int = 1
 ) -> Result:
-    """A command that prints no result, but one line that says all that, and is not called a bug."""
+    """A command that prints no result, but lines that say all that, and is not called a bug."""
     result = command(*arguments, input=input)
     errors = result.stderr
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
@@ -50,7 +50,7 @@ def refused_command(
     assert result.stdout == "", result.stdout
     assert errors.endswith("\n") and "Traceback" not in errors and "internal error" not in errors
     if code == 1:
-        assert errors.startswith("pyengine: ") and errors.count("\n") == 1, errors
+        assert all(line.startswith("pyengine: ") for line in errors.splitlines()), errors
     for fragment in fragments:
         assert fragment in errors, errors
     return result

@@ -285,7 +285,7 @@ def test_a_bad_checkpoint_is_refused_with_its_fault_named(fault: str, model: Pat
     refused(lambda: LLM(model, num_threads=1).generate("hello", params), kind, fragments)
     options = ("--model", str(model), "--threads", "1", "--max-tokens", "2", "--no-stream")
     refused_command("generate", *options, "hello", fragments=fragments)
-    refused_command("generate", *options, "--json", "hello", "world", fragments=fragments)
+    refused_command("generate", *options, "--json", "hello", "hello there", fragments=fragments)
 
 
 @pytest.mark.parametrize("fault", test_safetensors.MALFORMED)

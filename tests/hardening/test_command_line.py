@@ -94,9 +94,7 @@ ARGUMENTS: list[tuple[int, str, tuple[str, ...]]] = [
     (2, "generate --ids 1.5", ("whole numbers", "1.5")),
     (2, "generate --ids []", ("none in an empty text",)),
     (1, "generate --ids 260", ("token 0 of the prompt is 260", "0 to 259")),
-    (1, "generate --ids 1 1,2,260", ("prompt 2 of 2: token 2 of the prompt is 260",)),
     (1, f"generate {'x' * 99}", ("99 tokens", "context holds 32", "truncate_prompt_tokens")),
-    (1, f"generate a {'x' * 99}", ("prompt 2 of 2: ", "99 tokens")),
     (1, "generate a \udcff", ("argument 2: not UTF-8", "0xff")),
     (2, "score", ("Nothing to score",)),
     (2, "score --choice a a", ("at least two choices",)),
@@ -218,4 +216,20 @@ def test_ctrl_c_while_it_waits_for_input(model: str) -> None:
 def test_json_errors_leave_standard_output_to_the_results(model: str) -> None:
     result = command("generate", "--model", model, "--json", "--ids", "1", "2")
     assert [json.loads(line)["prompt_index"] for line in result.stdout.splitlines()] == [0, 1]
-    refused_command("generate", "--model", model, "--json", "--ids", "1", "999", fragments=("prompt 2 of 2",))
+    result = command("generate", "--model", model, "--json", "--quiet", "--ids", "1", "2,999", "3")
+    assert [json.loads(line)["prompt_index"] for line in result.stdout.splitlines()] == [0, 2]
+    assert result.stderr.startswith("pyengine: prompt 2 of 3: token 1 of the prompt is 999")
+    assert result.stderr.count("\n") == 1 and result.exit_code == 1
+
+
+def test_many_prompts_that_fail(model: str) -> None:
+    """A line for each, the same one once, and at most ten."""
+    options = ("--model", model, "--quiet", "--max-tokens", "3")
+    result = command("generate", *options, "a", "x" * 99, "b", "y" * 99)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("pyengine: prompt 2 of 4: the prompt has 99 tokens") and result.exit_code == 1
+    assert result.stdout.count("==>") == 2
+    ids = [str(999 + number) for number in range(14)]
+    result = refused_command("generate", *options, "--ids", *ids, fragments=("is 1008",))
+    lines = result.stderr.splitlines()
+    assert len(lines) == 11 and lines[-1] == "pyengine: 4 more prompts failed"

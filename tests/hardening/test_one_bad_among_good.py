@@ -82,12 +82,50 @@ def test_other_callers_know_nothing_of_it(model: Path) -> None:
     assert llm._engine.core.manager.num_in_use == 0  # type: ignore[attr-defined]
 
 
-def test_nothing_runs_if_one_is_refused_beforehand(model: Path) -> None:
+def test_the_others_of_a_call_run_where_some_are_refused(model: Path) -> None:
+    """Bad prompts, bad parameters and one that fails later, among good ones."""
+    llm = LLM(model, seed=3)
+    prompts: list[object] = [[1], [999], [2], 5.5, [3], [POISON], [0], [1, 2]]
+    sampled = SamplingParams(max_tokens=6, ignore_eos=True)
+    params = [sampled] * len(prompts)
+    params[4] = SamplingParams(logit_bias={999: 1.0})
+    params[6] = SamplingParams(max_tokens=3, max_length=None, truncate_prompt_tokens=1, seed=5)
+    params[7] = SamplingParams(min_tokens=5000)
+    seen: dict[int, RequestOutput] = {}
+    with pytest.raises(RequestError, match="^prompt 2 of 8: token 0 of the prompt is 999") as caught:
+        llm.generate(prompts, params, on_output=seen.__setitem__)  # type: ignore[arg-type]
+    outputs = caught.value.outputs
+    assert outputs is not None and len(outputs) == 8
+    messages = {index: str(output.error) for index, output in enumerate(outputs) if output.error}
+    assert list(messages) == [1, 3, 4, 5, 7]
+    assert messages[3] == "prompt 4 of 8: a prompt is a string or a list of token ids, not float"
+    assert messages[4].startswith("prompt 5 of 8: logit_bias: token id 999 is outside the vocabulary")
+    assert messages[5].startswith("prompt 6 of 8: request auto-") and "NaN" in messages[5]
+    assert messages[7].startswith("prompt 8 of 8: min_tokens=5000 asks for 5000 new tokens")
+    assert [type(output.error) for output in outputs][5] is CheckpointError
+    assert not any(output.outputs or output.finished for output in outputs if output.error)
+    assert sorted(seen) == [0, 2, 6] and all(outputs[index] is seen[index] for index in seen)
+    # The seeds of the others are those that they have among good ones.
+    good = LLM(model, seed=3).generate([[1], [1], [2], [1], [3], [1], [0], [1]], sampled)
+    assert [seen[index].outputs[0].token_ids for index in (0, 2)] == [
+        good[index].outputs[0].token_ids for index in (0, 2)
+    ]
+
+
+def test_what_concerns_the_whole_call_is_refused_before_anything_runs(model: Path) -> None:
     llm = LLM(model)
-    seen: list[int] = []
-    with pytest.raises(RequestError, match="^prompt 3 of 3: token 0 of the prompt is 999"):
-        llm.generate([[1], [2], [999]], GREEDY, on_output=lambda index, _: seen.append(index))
-    assert not seen and llm.stats().steps == 0
+    with pytest.raises(RequestError, match="2 sampling parameters for 3 prompts") as caught:
+        llm.generate([[1], [2], [3]], [GREEDY, GREEDY])
+    assert caught.value.outputs is None and llm.stats().steps == 0
+
+
+def test_a_call_of_bad_ones_alone(model: Path) -> None:
+    llm = LLM(model)
+    with pytest.raises(RequestError, match="^prompt 1 of 2: token 0 of the prompt is 999"):
+        llm.generate([[999], [998]], GREEDY)
+    with pytest.raises(RequestError, match="^token 0 of the prompt is 999"):
+        llm.generate([999], GREEDY)
+    assert llm.stats().steps == 0
 
 
 def test_the_command_line_prints_what_finished(model: Path, tmp_path: Path) -> None:
@@ -97,3 +135,9 @@ def test_the_command_line_prints_what_finished(model: Path, tmp_path: Path) -> N
     assert [json.loads(line)["prompt_index"] for line in result.stdout.splitlines()] == [0, 2]
     assert result.exit_code == 1
     assert result.stderr.startswith("pyengine: prompt 2 of 3: ") and result.stderr.count("\n") == 1
+    prompts.write_text("".join(f'{{"prompt": [{token}]}}\n' for token in (0, POISON, 2, 999)))
+    result = command("generate", "--model", str(model), "--json", "--quiet", "--file", str(prompts))
+    assert [json.loads(line)["prompt_index"] for line in result.stdout.splitlines()] == [0, 2]
+    first, second = result.stderr.splitlines()
+    assert first.startswith("pyengine: prompt 2 of 4: ") and second.startswith("pyengine: prompt 4 of 4: ")
+    assert result.exit_code == 1
