@@ -31,7 +31,7 @@ class Arrival:
     abort_after: int | None  # steps after its arrival
     priority: int = 0
     score_from: int | None = None  # not to generate, but to score the prompt from this token on
-    early_stopping: bool | str | None = None  # of a beam search, of n beams
+    early_stopping: bool | str | None = None  # of a beam search
 
     def request(self, number: int) -> Generation | Scoring:
         if self.score_from is not None and len(self.prompt) > 1:
@@ -40,10 +40,11 @@ class Arrival:
             return Scoring(str(number), number, windows, max(self.logprobs, 0), priority=self.priority)
         beams = None
         if self.early_stopping is not None and self.n > 1:
-            beams = BeamParams(self.n, 2 * self.n, self.n, 1.0, self.early_stopping)
+            width = min(self.n, 3)
+            beams = BeamParams(width, 2 * width, width, 1.0, self.early_stopping)
         resolved = params(
             self.prompt,
-            self.max_tokens,
+            min(self.max_tokens, 20) if beams else self.max_tokens,
             n=1 if beams else self.n,
             beams=beams,
             seed=self.seed,
@@ -104,7 +105,7 @@ def play(one: Engine, trace: list[Arrival]) -> list[Generation | Scoring]:
         assert len(set(slots)) == len(slots) and min(slots, default=0) >= 0
         assert not any(seq.blocks or seq.num_computed or seq.slot >= 0 for seq in lists.waiting)
         step += 1
-        assert step < 5000, "the trace does not end"
+        assert step < 20_000, "the trace does not end"
     assert not lists.running and not lists.waiting
     assert [request.error for request in requests] == [None] * len(requests)
     assert one.counters.failed_steps == 0
