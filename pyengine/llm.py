@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast, overload
 
@@ -58,6 +58,9 @@ class LLM:
     enable_prefix_caching: keep the keys and values of prompts for prompts that begin alike.
     max_queue_size: requests that wait in the engine's queue at most; others wait outside. ``stream`` returns,
         and ``astream`` goes on, when its request has entered.
+    speculative_config: guess tokens ahead of the model and let one step check several, without any effect on
+        the text: {"method": "ngram"} (what has followed the same tokens in this text), {"method": "suffix"}
+        (also in all others), or {"model": PATH} (what a smaller model says); see docs/decoding.md.
     seed: makes requests without a seed of their own reproducible, in the order in which they come.
 
     A thread of its own runs the requests of all callers, in any number of threads and event loops. It starts
@@ -83,6 +86,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         seed: int | None = None,
         max_queue_size: int = 1024,
+        speculative_config: Mapping[str, Any] | None = None,
     ) -> None:
         if seed is not None:
             check_count("seed", seed, MAX_SEED, low=0)
@@ -99,6 +103,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_memory=kv_cache_memory,
             enable_prefix_caching=enable_prefix_caching,
+            speculative_config=speculative_config,
         )
         self.path = loaded.checkpoint.path
         self.config = loaded.checkpoint.config
@@ -212,7 +217,8 @@ class LLM:
         request_id: str | None = None,
         priority: int = 0,
     ) -> Generator[StreamDelta, None, None]:
-        """Continue one prompt, a delta per new token as it comes; closing the generator ends the request.
+        """Continue one prompt, a delta per step that adds to it: one new token, or several with
+        ``speculative_config``; closing the generator ends the request.
 
         ``request_id`` is for ``abort``, and free again once the request has ended; ``priority`` as in
         ``generate``. Raises RequestError at the call, before anything runs. Returns when the request is in

@@ -10,8 +10,11 @@ from typing import Any
 
 from pyengine.codec import Codec
 from pyengine.decoding.resolve import GenerationDefaults
+from pyengine.decoding.speculative import SpeculativeConfig
 from pyengine.engine.engine import Core, Engine
 from pyengine.engine.memory import kv_blocks
+from pyengine.engine.scheduler import blocks_for
+from pyengine.engine.speculation import Drafter, NgramDrafting, Speculator
 from pyengine.errors import ConfigError
 from pyengine.model.checkpoint import Checkpoint, load_checkpoint
 from pyengine.model.quantization import check_method
@@ -42,6 +45,7 @@ def load(
     max_num_batched_tokens: int,
     kv_cache_memory: int | str | None,
     enable_prefix_caching: bool,
+    speculative_config: object = None,
 ) -> Loaded:
     """See ``LLM`` for the arguments and the errors."""
     _check_back_end(device, dtype, quantization, kv_cache_dtype)
@@ -51,6 +55,7 @@ def load(
     check_count("max_num_batched_tokens", max_num_batched_tokens, 2**24)
     if not isinstance(enable_prefix_caching, bool):
         raise ConfigError(f"enable_prefix_caching={enable_prefix_caching!r}: must be True or False")
+    speculative = None if speculative_config is None else SpeculativeConfig.from_mapping(speculative_config)
 
     from pyengine import _C
 
@@ -83,14 +88,8 @@ def load(
         kv_cache_memory=kv_cache_memory,
     )
     context = _C.ExecContext(num_threads or 0)
-    weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
-    if quantization != checkpoint.quantization:
-        from pyengine.model.quantize import quantize_weights
-
-        assert quantization is not None  # _check_quantization
-        weights = quantize_weights(context, checkpoint, quantization)
     core = Core(
-        model=_C.Model(context, config.kernel_config(), weights, dtype),
+        model=_model(context, checkpoint, dtype, quantization),
         kv=_C.KVCache(*shape, num_blocks, kv_cache_dtype),
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, enable_prefix_caching),
@@ -102,9 +101,60 @@ def load(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
+    if speculative is not None:
+        drafter = _drafter(speculative, core, config.vocab_size, dtype, engine, max_num_seqs)
+        engine.speculator = Speculator(drafter, speculative.num_tokens)
     return Loaded(
         checkpoint, codec, engine, defaults, dtype, quantization, kv_cache_dtype, context.num_threads
     )
+
+
+def _model(context: Any, checkpoint: Checkpoint, dtype: str, quantization: str | None) -> Any:
+    from pyengine import _C
+
+    weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
+    if quantization != checkpoint.quantization:
+        from pyengine.model.quantize import quantize_weights
+
+        assert quantization is not None  # _check_quantization
+        weights = quantize_weights(context, checkpoint, quantization)
+    return _C.Model(context, checkpoint.config.kernel_config(), weights, dtype)
+
+
+def _drafter(
+    wanted: SpeculativeConfig, core: Core, vocab_size: int, dtype: str, engine: Engine, max_num_seqs: int
+) -> Drafter:
+    from pyengine import _C
+
+    if wanted.method != "draft_model":
+        shared = _C.SharedFollowers(wanted.max_cached_tokens) if wanted.method == "suffix" else None
+        return NgramDrafting(_C.NgramDrafter, wanted.min_context, wanted.max_context, shared)
+    from pyengine.engine.draft_model import DraftModel
+
+    checkpoint = load_checkpoint(wanted.model)
+    config = checkpoint.config
+    if config.vocab_size != vocab_size:
+        raise ConfigError(
+            f"speculative_config: model={wanted.model!r} has a vocabulary of {config.vocab_size}, and the "
+            f"model that it is to draft for one of {vocab_size}: both must belong to the same tokenizer"
+        )
+    if wanted.quantization is not None:
+        check_method(wanted.quantization)
+    quantization = _check_quantization(checkpoint, "auto", wanted.quantization)
+    dtype = "float32" if quantization else dtype
+    shape = (config.n_layer, config.n_head, config.head_dim)
+    kv_dtype = "bfloat16" if quantization else dtype
+    max_model_len = min(engine.max_model_len, config.n_positions)
+    # As many tokens as the model itself keeps; a sequence that finds no room goes without drafts.
+    num_blocks = min(core.manager.num_blocks, max_num_seqs * blocks_for(max_model_len))
+    small = Core(
+        model=_model(core.model.context, checkpoint, dtype, quantization),
+        kv=_C.KVCache(*shape, num_blocks, kv_dtype),
+        sampler=_C.Sampler(max_num_seqs),
+        manager=_C.BlockManager(num_blocks, False),
+        batch=_C.Batch,
+    )
+    return DraftModel(small, max_model_len, max_num_seqs, engine.max_num_batched_tokens)
 
 
 def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | None) -> str | None:

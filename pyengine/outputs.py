@@ -60,6 +60,8 @@ class RequestMetrics:
     arrival_time: float = 0.0  # seconds since the epoch
     inter_token_latency: float | None = None  # mean from one new token of a continuation to the next
     max_inter_token_latency: float | None = None
+    draft_tokens: int = 0  # guessed ahead of the model (speculative_config) ...
+    accepted_tokens: int = 0  # ... and right
 
 
 @dataclass
@@ -117,10 +119,16 @@ class EngineStats:
     finished: int  # requests that ended by themselves
     aborted: int
     failed: int
+    draft_tokens: int  # guessed ahead of the model (speculative_config) ...
+    accepted_tokens: int  # ... and right
 
     @property
     def prefix_hit_rate(self) -> float:
         return self.prefix_hit_tokens / self.prefix_lookup_tokens if self.prefix_lookup_tokens else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted_tokens / self.draft_tokens if self.draft_tokens else 0.0
 
 
 @dataclass

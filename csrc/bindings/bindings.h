@@ -94,6 +94,7 @@ ops::Activation activation_from(const std::string& name);  // also "none"
 void bind_kv(py::module_& m);
 void bind_model(py::module_& m);
 void bind_sampling(py::module_& m);
+void bind_drafting(py::module_& m);
 void bind_quantize(py::module_& m);
 void bind_ops(py::module_& m);  // the submodule `ops`
 

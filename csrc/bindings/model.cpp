@@ -85,12 +85,19 @@ class PyModel {
   const py::object& context() const { return ctx_object_; }
 
   StepResult step(PyKVCache& kv, PySampler& sampler, const Batch& batch, py::handle request_slot,
-                  py::handle score_rows, py::handle targets, int32_t top_n) {
-    Int32View slots(request_slot, "request_slot");
-    if (slots.size() != batch.num_seqs()) {
-      throw RequestError("request_slot has " + std::to_string(slots.size()) +
+                  py::handle score_rows, py::handle targets, int32_t top_n, py::handle num_drafts) {
+    auto require_size = [&](const Int32View& view, const char* name) {
+      if (view.size() == batch.num_seqs()) return;
+      throw RequestError(std::string(name) + " has " + std::to_string(view.size()) +
                          " entries, but the batch " + std::to_string(batch.num_seqs()) +
                          " sequences");
+    };
+    Int32View slots(request_slot, "request_slot");
+    require_size(slots, "request_slot");
+    std::optional<Int32View> drafts;
+    if (!num_drafts.is_none()) {
+      drafts.emplace(num_drafts, "num_drafts");
+      require_size(*drafts, "num_drafts");
     }
     std::optional<Int32View> row_view, target_view;
     ScoredRows scored;
@@ -108,7 +115,8 @@ class PyModel {
     py::gil_scoped_release release;
     std::scoped_lock lock(ctx_.mutex, kv.mutex, sampler.mutex);
     read_files([&] {
-      model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result, scored);
+      model_->step(ctx_.context, kv.cache, sampler.sampler, batch, slots.begin(), result, scored,
+                   drafts ? drafts->begin() : nullptr);
     });
     return result;
   }
@@ -187,7 +195,8 @@ void bind_model(py::module_& m) {
       .def_property_readonly("vocab_size",
                              [](const PyModel& self) { return self.model().config().vocab_size; })
       .def("step", &PyModel::step, arg("kv"), arg("sampler"), arg("batch"), arg("request_slot"),
-           arg("score_rows") = py::none(), arg("targets") = py::none(), arg("top_n") = 0)
+           arg("score_rows") = py::none(), arg("targets") = py::none(), arg("top_n") = 0,
+           arg("num_drafts") = py::none())
       .def("forward", &PyModel::forward, arg("kv"), arg("batch"), arg("rows") = py::none());
 }
 

@@ -188,6 +188,7 @@ PYBIND11_MODULE(_C, m) {
       .def("check", [](const PyFileView& self) { self.guard.check(); });
   bind_kv(m);
   bind_sampling(m);
+  bind_drafting(m);
   bind_model(m);
   bind_quantize(m);
   py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");

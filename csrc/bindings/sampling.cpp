@@ -62,7 +62,8 @@ void set_slot(PySampler& self, int32_t slot, const py::object& token_ids, int64_
               const py::object& processor, double temperature, int32_t top_k, double top_p,
               double min_p, double typical_p, double epsilon_cutoff, double eta_cutoff,
               double mirostat_tau, double mirostat_eta, const std::optional<double>& mirostat_mu,
-              uint64_t seed, uint64_t sample_index, int32_t logprobs, int32_t num_candidates) {
+              uint64_t seed, uint64_t sample_index, int32_t logprobs, int32_t num_candidates,
+              std::vector<int32_t> replay) {
   SlotParams p;
   for (const auto& [ids, bias] : logit_bias) p.logit_bias.push_back({ids, float(bias)});
   p.allowed_token_ids = std::move(allowed_token_ids);
@@ -87,6 +88,7 @@ void set_slot(PySampler& self, int32_t slot, const py::object& token_ids, int64_
   p.sample_index = sample_index;
   p.logprobs = logprobs;
   p.num_candidates = num_candidates;
+  p.replay = std::move(replay);
   std::optional<Int32View> tokens;
   SlotStart start;
   start.num_prompt = num_prompt;
@@ -127,13 +129,22 @@ struct RowArguments {
 };
 
 StepResult sample(PySampler& self, PyExecContext& ctx, const AlignedFloats& logits,
-                  py::handle slots, py::handle positions) {
+                  py::handle slots, py::handle positions, const py::object& drafts) {
   RowArguments a(logits, slots, positions);
+  std::optional<Int32View> draft_view;
+  if (!drafts.is_none()) {
+    draft_view.emplace(drafts, "drafts");
+    if (draft_view->size() != a.rows) {
+      throw RequestError(
+          "drafts must have one entry per row: the token that the row takes for the "
+          "one before it, or -1");
+    }
+  }
   StepResult result;
   py::gil_scoped_release release;
   std::scoped_lock lock(ctx.mutex, self.mutex);
   self.sampler.sample(ctx.context, a.data, a.rows, a.vocab_size, a.slot_view.begin(),
-                      a.position_view.begin(), result);
+                      a.position_view.begin(), result, draft_view ? draft_view->begin() : nullptr);
   return result;
 }
 
@@ -194,17 +205,21 @@ void bind_sampling(py::module_& m) {
            arg("typical_p") = 1.0, arg("epsilon_cutoff") = 0.0, arg("eta_cutoff") = 0.0,
            arg("mirostat_tau") = 0.0, arg("mirostat_eta") = 0.1, arg("mirostat_mu") = py::none(),
            arg("seed") = 0, arg("sample_index") = 0, arg("logprobs") = -1,
-           arg("num_candidates") = 0)
+           arg("num_candidates") = 0, arg("replay") = std::vector<int32_t>())
       .def(
           "set_mask",
-          [](PySampler& self, int32_t slot, py::handle mask) {
+          [](PySampler& self, int32_t slot, py::handle mask, int64_t num_masks) {
             const Int32View words(mask, "mask");
+            if (num_masks < 1 || words.size() % num_masks != 0) {
+              throw RequestError("set_mask: " + std::to_string(words.size()) + " words are not " +
+                                 std::to_string(num_masks) + " masks");
+            }
             py::gil_scoped_release release;
             std::lock_guard<std::mutex> lock(self.mutex);
-            self.sampler.set_mask(slot, reinterpret_cast<const uint32_t*>(words.begin()),
-                                  words.size());
+            self.sampler.set_masks(slot, reinterpret_cast<const uint32_t*>(words.begin()),
+                                   num_masks, words.size() / num_masks);
           },
-          arg("slot"), arg("mask"))
+          arg("slot"), arg("mask"), arg("num_masks") = 1)
       .def(
           "take_error",
           [](PySampler& self, int32_t slot) {
@@ -213,7 +228,8 @@ void bind_sampling(py::module_& m) {
             return error ? error : py::object(py::none());
           },
           arg("slot"))
-      .def("sample", &sample, arg("ctx"), arg("logits"), arg("slots"), arg("positions"))
+      .def("sample", &sample, arg("ctx"), arg("logits"), arg("slots"), arg("positions"),
+           arg("drafts") = py::none())
       .def("process", &process, arg("ctx"), arg("logits"), arg("slots"), arg("positions"));
 }
 

@@ -69,8 +69,11 @@ class GPT2 {
 
   // Runs the batch, samples the last token of each sequence with request_slot[b] >= 0, (B,), and
   // scores the given rows. The random counter of a sample is its position, context_len[b].
+  // num_drafts (B,), or null: that many of the sequence's last tokens are drafts. Each of them and
+  // the token before them has a row in `result`; Sampler::sample says which rows give tokens.
   void step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
-            const int32_t* request_slot, StepResult& result, const ScoredRows& scored = {});
+            const int32_t* request_slot, StepResult& result, const ScoredRows& scored = {},
+            const int32_t* num_drafts = nullptr);
 
   // Logits (R, V) of rows[0, R) of the batch.
   void forward(ExecContext& ctx, KVCache& kv, const Batch& batch, const int32_t* rows,
@@ -140,7 +143,7 @@ class GPT2 {
   Activations last_x_;  // (R, C) f32: chosen rows of the last layer
   Activations last_h_;  // (R, C) act
   Activations logits_;  // (R, V) f32
-  std::vector<int32_t> rows_, sample_slots_, sample_positions_;
+  std::vector<int32_t> rows_, sample_slots_, sample_positions_, sample_drafts_;
   std::vector<int32_t> top_ids_;     // (R, top_n) of scored rows
   std::vector<float> top_logprobs_;  // (R, top_n)
   ChosenRows chosen_;

@@ -42,6 +42,8 @@ struct SlotParams {
   uint64_t seed = 0;          // of the request
   uint64_t sample_index = 0;  // which of the request's n samples
   int32_t logprobs = -1;      // -1: none; n: the chosen token's and the n best ones'
+  // For measurements: taken in place of the tokens drawn, the first one at position `num_prompt`.
+  std::vector<int32_t> replay;
 
   // Beam search, above 0: log-probabilities are edited instead of logits, and the best so many of
   // them are listed. What temperature and cut-offs say does not matter then.

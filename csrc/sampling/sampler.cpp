@@ -15,6 +15,7 @@ namespace pyengine {
 
 using sampling::Candidate;
 using sampling::Row;
+using sampling::TokenMask;
 
 namespace {
 
@@ -56,6 +57,7 @@ void require_valid(const SlotParams& p) {
   };
   require_ids(p.allowed_token_ids, "allowed_token_ids");
   require_ids(p.stop_ids, "stop_ids");
+  require_ids(p.replay, "replay");
   for (const BiasedSequence& entry : p.logit_bias) {
     require(!entry.ids.empty(), "logit_bias: a sequence must have 1 token at least", 0);
     require_ids(entry.ids, "logit_bias");
@@ -112,7 +114,7 @@ void Sampler::set(int32_t slot, SlotParams params, const SlotStart& start) {
                 !params.allowed_token_ids.empty() || params.min_tokens > 0;
   s.history.reset(start.tokens, s.keeps_history ? start.num_tokens : 0, start.num_prompt);
   s.allowed = sampling::mask_of(params.allowed_token_ids);
-  s.mask.clear();
+  s.masks.clear();
   s.num_prompt = start.num_prompt;
   // The first bound of Mirostat is twice the surprise it aims at.
   s.mirostat_mu = std::isnan(start.mirostat_mu) ? 2 * params.mirostat_tau : start.mirostat_mu;
@@ -120,10 +122,16 @@ void Sampler::set(int32_t slot, SlotParams params, const SlotStart& start) {
   s.params = std::move(params);
 }
 
-void Sampler::set_mask(int32_t slot, const uint32_t* words, int64_t num_words) {
+void Sampler::set_masks(int32_t slot, const uint32_t* words, int64_t num_masks,
+                        int64_t words_of_each) {
   require_slot(slot);
-  require(num_words > 0, "a mask needs 1 word at least", static_cast<double>(num_words));
-  slots_[slot].mask.assign(words, words + num_words);
+  require(words_of_each > 0, "a mask needs 1 word at least", static_cast<double>(words_of_each));
+  std::vector<TokenMask>& masks = slots_[slot].masks;
+  masks.resize(num_masks);
+  for (int64_t i = 0; i < num_masks; ++i) {
+    const uint32_t* begin = words + i * words_of_each;
+    masks[i].assign(begin, begin + words_of_each);
+  }
 }
 
 void Sampler::require_rows(const Rows& rows) {
@@ -131,6 +139,17 @@ void Sampler::require_rows(const Rows& rows) {
   for (int64_t r = 0; r < rows.count; ++r) {
     require_slot(rows.slots[r]);
     Slot& slot = slots_[rows.slots[r]];
+    if (rows.follows(r)) {
+      if (r == 0 || rows.slots[r] != rows.slots[r - 1] ||
+          rows.positions[r] != rows.positions[r - 1] + 1) {
+        throw InternalError("row " + std::to_string(r) + " does not follow the one before it");
+      }
+      if (slot.params.has_processor) {
+        throw InternalError("slot " + std::to_string(rows.slots[r]) +
+                            " has a logits processor, and takes no drafts");
+      }
+      continue;
+    }
     if (!slot.keeps_history) continue;
     const auto length = static_cast<int64_t>(slot.history.tokens().size());
     if (length != rows.positions[r]) {
@@ -139,7 +158,7 @@ void Sampler::require_rows(const Rows& rows) {
                           std::to_string(rows.positions[r]));
     }
     if (std::exchange(slot.last_call, num_calls_) == num_calls_) {
-      throw InternalError("slot " + std::to_string(rows.slots[r]) + " has two rows");
+      throw InternalError("slot " + std::to_string(rows.slots[r]) + " has two groups of rows");
     }
   }
 }
@@ -151,15 +170,18 @@ void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
   result.top_logprobs.assign(rows.count, {});
   result.mirostat_mu.clear();
   result.candidates.clear();
+  group_starts_.clear();
   scored_rows_.clear();
   processed_rows_.clear();
   for (int64_t r = 0; r < rows.count; ++r) {
     const SlotParams& params = slots_[rows.slots[r]].params;
+    if (!rows.follows(r)) group_starts_.push_back(r);
     if (is_scored(params)) scored_rows_.push_back(static_cast<int32_t>(r));
     if (params.has_processor) processed_rows_.push_back(static_cast<int32_t>(r));
     if (params.mirostat_tau > 0) result.mirostat_mu.resize(rows.count, kNan);
     if (params.num_candidates > 0) result.candidates.resize(rows.count);
   }
+  group_starts_.push_back(rows.count);
   if (scored_rows_.empty()) return;
   log_totals_.resize(scored_rows_.size());
   row_log_total_.resize(rows.count);
@@ -168,14 +190,16 @@ void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
   for (size_t i = 0; i < scored_rows_.size(); ++i) row_log_total_[scored_rows_[i]] = log_totals_[i];
 }
 
-void Sampler::edit(const Rows& rows, int64_t r, Workspace& workspace) {
+void Sampler::edit(const Rows& rows, int64_t r, size_t place, Workspace& workspace) {
   Slot& slot = slots_[rows.slots[r]];
   workspace.edited.start(rows.of(r), rows.vocab_size);
   if (slot.is_edited) {
     workspace.edited.apply(slot.params, slot.allowed, slot.history,
                            rows.positions[r] - slot.num_prompt);
   }
-  if (!slot.mask.empty()) sampling::apply_mask(slot.mask, rows.of(r), rows.vocab_size);
+  if (is_masked(slot, place)) {
+    sampling::apply_mask(slot.masks[place], rows.of(r), rows.vocab_size);
+  }
 }
 
 // 0, or what stands for the token.
@@ -191,7 +215,6 @@ int32_t Sampler::run_processor(const Rows& rows, int64_t r) {
 void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
                      StepResult& result) {
   Slot& slot = slots_[rows.slots[r]];
-  slot.mask.clear();
   Row& row = workspace.row;
   if (was_edited && !row.load(rows.of(r), rows.vocab_size)) {
     result.token_ids[r] = StepResult::kNoneLeft;
@@ -199,8 +222,10 @@ void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was
   }
   const double u =
       uniform(slot.params.seed, static_cast<uint32_t>(rows.positions[r]), slot.params.sample_index);
-  const int32_t token = sampling::choose(row, slot.params, rows.vocab_size, u, workspace.candidates,
-                                         slot.mirostat_mu);
+  int32_t token = sampling::choose(row, slot.params, rows.vocab_size, u, workspace.candidates,
+                                   slot.mirostat_mu);
+  const auto replayed = static_cast<size_t>(rows.positions[r] - slot.num_prompt);
+  if (replayed < slot.params.replay.size()) token = slot.params.replay[replayed];
   result.token_ids[r] = token;
   if (slot.keeps_history) slot.history.append(token);
   if (slot.params.mirostat_tau > 0) result.mirostat_mu[r] = slot.mirostat_mu;
@@ -209,8 +234,7 @@ void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was
 template <class Original>
 void Sampler::list_candidates(const Rows& rows, int64_t r, Workspace& workspace,
                               Original&& original, StepResult& result) {
-  Slot& slot = slots_[rows.slots[r]];
-  slot.mask.clear();
+  const Slot& slot = slots_[rows.slots[r]];
   if (!workspace.row.load(rows.of(r), rows.vocab_size)) {
     result.token_ids[r] = StepResult::kNoneLeft;
     return;
@@ -228,8 +252,9 @@ void Sampler::list_candidates(const Rows& rows, int64_t r, Workspace& workspace,
 }
 
 void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
-                     const int32_t* slots, const int32_t* positions, StepResult& result) {
-  const Rows rows{logits, num_rows, vocab_size, slots, positions};
+                     const int32_t* slots, const int32_t* positions, StepResult& result,
+                     const int32_t* drafts) {
+  const Rows rows{logits, num_rows, vocab_size, slots, positions, drafts};
   require_rows(rows);
   prepare(ctx, rows, result);
   if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
@@ -238,74 +263,86 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
   if (processed_originals_.size() < processed_rows_.size()) {
     processed_originals_.resize(processed_rows_.size());
   }
-  auto logprob = [&](int64_t r, float logit) {
-    return static_cast<float>(logit - row_log_total_[r]);
-  };
-  ctx.pool.parallel_for(num_rows, [&](int64_t r, int worker) {
-    Workspace& workspace = workspaces_[worker];
-    const Slot& slot = slots_[slots[r]];
-    if (!workspace.row.load(rows.of(r), vocab_size)) {
-      result.token_ids[r] = StepResult::kNotFinite;
-      return;
+  ctx.pool.parallel_for(static_cast<int64_t>(group_starts_.size()) - 1, [&](int64_t i, int worker) {
+    sample_group(rows, group_starts_[i], group_starts_[i + 1], workspaces_[worker], result);
+  });
+  if (!processed_rows_.empty()) {
+    for (int32_t r : processed_rows_) {
+      if (result.token_ids[r] == 0) result.token_ids[r] = run_processor(rows, r);
     }
-    const bool scored = is_scored(slot.params);
-    const bool listed = slot.params.num_candidates > 0;
-    if (slot.params.logprobs > 0) {
-      add_top_logprobs(workspace.row, workspace.candidates,
-                       std::min(slot.params.logprobs, vocab_size), row_log_total_[r],
-                       result.top_logprobs[r]);
-    }
-    if (listed) {
-      float* x = rows.of(r);
-      for (int32_t i = 0; i < vocab_size; ++i) x[i] = logprob(r, x[i]);
-    }
-    if (slot.params.has_processor) {
-      const auto place = std::lower_bound(processed_rows_.begin(), processed_rows_.end(), r);
-      if (scored) {
-        processed_originals_[place - processed_rows_.begin()].assign(rows.of(r),
-                                                                     rows.of(r) + vocab_size);
+    ctx.pool.parallel_for(static_cast<int64_t>(processed_rows_.size()), [&](int64_t i, int worker) {
+      const int32_t r = processed_rows_[i];
+      if (result.token_ids[r] < 0) return;
+      const std::vector<float>& originals = processed_originals_[i];
+      const SlotParams& params = slots_[slots[r]].params;
+      if (params.num_candidates > 0) {
+        list_candidates(
+            rows, r, workspaces_[worker], [&](int32_t id) { return originals[id]; }, result);
+        return;
       }
-      edit(rows, r, workspace);
-      return;  // to be continued after the processor
-    }
-    const bool edits = slot.is_edited || !slot.mask.empty();
-    if (listed || edits) edit(rows, r, workspace);
-    if (listed) {
-      const sampling::EditedRow& edited = workspace.edited;
-      list_candidates(rows, r, workspace, [&](int32_t id) { return edited.original(id); }, result);
-      return;
-    }
-    finish(rows, r, workspace, edits, result);
-    const int32_t token = result.token_ids[r];
-    if (scored && token >= 0) {
-      result.logprobs[r] = logprob(r, edits ? workspace.edited.original(token) : rows.of(r)[token]);
-    }
-  });
-  if (processed_rows_.empty()) return;
-  for (int32_t r : processed_rows_) {
-    if (result.token_ids[r] == 0) result.token_ids[r] = run_processor(rows, r);
+      finish(rows, r, workspaces_[worker], true, result);
+      const int32_t token = result.token_ids[r];
+      if (token >= 0 && params.logprobs >= 0) result.logprobs[r] = logprob(r, originals[token]);
+    });
   }
-  ctx.pool.parallel_for(static_cast<int64_t>(processed_rows_.size()), [&](int64_t i, int worker) {
-    const int32_t r = processed_rows_[i];
-    if (result.token_ids[r] < 0) return;
-    const std::vector<float>& originals = processed_originals_[i];
-    const SlotParams& params = slots_[slots[r]].params;
-    if (params.num_candidates > 0) {
-      list_candidates(
-          rows, r, workspaces_[worker], [&](int32_t id) { return originals[id]; }, result);
-      return;
+  for (int64_t r = 0; r < num_rows; ++r) slots_[slots[r]].masks.clear();
+}
+
+void Sampler::sample_group(const Rows& rows, int64_t first, int64_t last, Workspace& workspace,
+                           StepResult& result) {
+  int64_t r = first;
+  do {
+    sample_row(rows, r, static_cast<size_t>(r - first), workspace, result);
+    ++r;
+  } while (r < last && result.token_ids[r - 1] == rows.drafts[r]);
+  std::fill(result.token_ids.begin() + r, result.token_ids.begin() + last, StepResult::kSkipped);
+}
+
+void Sampler::sample_row(const Rows& rows, int64_t r, size_t place, Workspace& workspace,
+                         StepResult& result) {
+  const Slot& slot = slots_[rows.slots[r]];
+  const int32_t vocab_size = rows.vocab_size;
+  if (!workspace.row.load(rows.of(r), vocab_size)) {
+    result.token_ids[r] = StepResult::kNotFinite;
+    return;
+  }
+  const bool scored = is_scored(slot.params);
+  const bool listed = slot.params.num_candidates > 0;
+  if (slot.params.logprobs > 0) {
+    add_top_logprobs(workspace.row, workspace.candidates,
+                     std::min(slot.params.logprobs, vocab_size), row_log_total_[r],
+                     result.top_logprobs[r]);
+  }
+  if (listed) {
+    float* x = rows.of(r);
+    for (int32_t i = 0; i < vocab_size; ++i) x[i] = logprob(r, x[i]);
+  }
+  if (slot.params.has_processor) {
+    const auto of_row = std::lower_bound(processed_rows_.begin(), processed_rows_.end(), r);
+    if (scored) {
+      processed_originals_[of_row - processed_rows_.begin()].assign(rows.of(r),
+                                                                    rows.of(r) + vocab_size);
     }
-    finish(rows, r, workspaces_[worker], true, result);
-    const int32_t token = result.token_ids[r];
-    if (token >= 0 && params.logprobs >= 0) {
-      result.logprobs[r] = logprob(r, originals[token]);
-    }
-  });
+    edit(rows, r, place, workspace);
+    return;  // to be continued after the processor
+  }
+  const bool edits = slot.is_edited || is_masked(slot, place);
+  if (listed || edits) edit(rows, r, place, workspace);
+  if (listed) {
+    const sampling::EditedRow& edited = workspace.edited;
+    list_candidates(rows, r, workspace, [&](int32_t id) { return edited.original(id); }, result);
+    return;
+  }
+  finish(rows, r, workspace, edits, result);
+  const int32_t token = result.token_ids[r];
+  if (scored && token >= 0) {
+    result.logprobs[r] = logprob(r, edits ? workspace.edited.original(token) : rows.of(r)[token]);
+  }
 }
 
 void Sampler::process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
                       const int32_t* slots, const int32_t* positions) {
-  const Rows rows{logits, num_rows, vocab_size, slots, positions};
+  const Rows rows{logits, num_rows, vocab_size, slots, positions, nullptr};
   require_rows(rows);
   if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
     workspaces_.resize(ctx.pool.num_threads());
@@ -315,7 +352,7 @@ void Sampler::process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t
     const Slot& slot = slots_[slots[r]];
     Workspace& workspace = workspaces_[0];
     float* x = rows.of(r);
-    edit(rows, r, workspace);
+    edit(rows, r, 0, workspace);
     if (slot.params.has_processor && run_processor(rows, r) != 0) {
       throw RequestError("the logits processor of slot " + std::to_string(slots[r]) + " failed");
     }

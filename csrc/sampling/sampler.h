@@ -26,6 +26,7 @@ struct StepResult {
   static constexpr int32_t kNotFinite = -1;  // logits hold NaN or +infinity, or are all -infinity
   static constexpr int32_t kNoneLeft = -2;   // the request's own edits forbid every token
   static constexpr int32_t kProcessorFailed = -3;
+  static constexpr int32_t kSkipped = -4;  // a draft that the row depends on was not drawn
 
   std::vector<int32_t> token_ids;  // (R,)
   std::vector<float> logprobs;     // (R,) NaN where none were asked for
@@ -56,16 +57,22 @@ class Sampler {
   void set(int32_t slot, SlotParams params, const SlotStart& start = {});
   void require_slot(int32_t slot) const;
 
-  // Which tokens the next one may be; holds for one call of sample().
-  void set_mask(int32_t slot, const uint32_t* words, int64_t num_words);
+  // Which tokens the next ones may be: a mask for the slot's first row, one for its second, ...;
+  // holds for one call of sample().
+  void set_masks(int32_t slot, const uint32_t* words, int64_t num_masks, int64_t words_of_each);
 
   void set_processor(Processor processor) { processor_ = std::move(processor); }
 
   // One token per row of logits (R, vocab_size), which are edited in place. The random number of
   // row r depends on its slot's seed and sample_index and on positions[r], the position that the
-  // new token will have. A slot that keeps a history has one row at most, and its token joins it.
+  // new token will have. A slot that keeps a history has one group of rows at most, and its tokens
+  // join it.
+  // drafts (R,), or null: where drafts[r] >= 0, row r follows row r - 1 of the same slot and the
+  // position before, and its logits take drafts[r] for that row's token. It gives a token if that
+  // row has drawn this very token, else kSkipped.
   void sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
-              const int32_t* slots, const int32_t* positions, StepResult& result);
+              const int32_t* slots, const int32_t* positions, StepResult& result,
+              const int32_t* drafts = nullptr);
 
   // What transformers calls processed scores, in place of the logits: edited, divided by the
   // temperature (as they are if that is 0), -infinity where cut off. Changes no state.
@@ -78,8 +85,8 @@ class Sampler {
     bool is_edited = false;  // any edit but a mask
     bool keeps_history = false;
     sampling::TokenHistory history;
-    sampling::TokenMask allowed;  // of allowed_token_ids
-    sampling::TokenMask mask;     // of set_mask, empty where there is none
+    sampling::TokenMask allowed;             // of allowed_token_ids
+    std::vector<sampling::TokenMask> masks;  // of set_masks, empty where there are none
     int64_t num_prompt = 0;
     double mirostat_mu = 0;
     int64_t last_call = 0;  // of sample(): finds slots that occur twice
@@ -95,12 +102,26 @@ class Sampler {
     int32_t vocab_size;
     const int32_t* slots;
     const int32_t* positions;
+    const int32_t* drafts;  // or null
+    bool follows(int64_t r) const { return drafts != nullptr && drafts[r] >= 0; }
     float* of(int64_t r) const { return logits + r * vocab_size; }
   };
 
   void require_rows(const Rows& rows);
+  bool is_masked(const Slot& slot, size_t place) const {
+    return place < slot.masks.size() && !slot.masks[place].empty();
+  }
   void prepare(ExecContext& ctx, const Rows& rows, StepResult& result);
-  void edit(const Rows& rows, int64_t r, Workspace& workspace);
+  // place: of the row among its slot's.
+  void edit(const Rows& rows, int64_t r, size_t place, Workspace& workspace);
+  // Rows [first, last): one, and those that follow it.
+  void sample_group(const Rows& rows, int64_t first, int64_t last, Workspace& workspace,
+                    StepResult& result);
+  float logprob(int64_t r, float logit) const {
+    return static_cast<float>(logit - row_log_total_[r]);
+  }
+  void sample_row(const Rows& rows, int64_t r, size_t place, Workspace& workspace,
+                  StepResult& result);
   int32_t run_processor(const Rows& rows, int64_t r);
   void finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
               StepResult& result);
@@ -112,6 +133,7 @@ class Sampler {
   std::vector<Slot> slots_;
   Processor processor_;
   std::vector<Workspace> workspaces_;  // one per worker, grown once
+  std::vector<int64_t> group_starts_;  // of each group of rows, and the number of rows
   std::vector<int32_t> scored_rows_;
   std::vector<double> log_totals_;       // of scored_rows_
   std::vector<double> row_log_total_;    // (R,) where log-probabilities are wanted

@@ -257,7 +257,7 @@ TEST(edits_and_cuts_stay_within_the_row) {
       slots[r] = r;
       sampler.set(r, p, start);
       const std::vector<uint32_t> mask{~0u, 0u, 0x1ffu};
-      if (r % 2 == 1) sampler.set_mask(r, mask.data(), r == 1 ? 1 : 3);
+      if (r % 2 == 1) sampler.set_masks(r, mask.data(), 1, r == 1 ? 1 : 3);
     }
     for (int step = 0; step < 5; ++step) {
       auto logits = random_logits(variant * 10 + step, rows * vocab, 2.0f);

@@ -171,24 +171,32 @@ class Sampler:
         sample_index: int = 0,  # which of the n samples of the request
         logprobs: int = -1,  # -1: none; n: the chosen token's and the n best ones'
         num_candidates: int = 0,  # above 0: list the best ones of the edited log-probabilities, draw nothing
+        replay: Sequence[int] = (),  # taken in place of the tokens drawn from position num_prompt on
     ) -> None:
         """Begin a request in a slot, or go on with one that was preempted.
 
         ``processor`` is called with the token ids (n,) and the logits (V,) after the mask and before the
         temperature; it edits the logits in place, or returns others. What it raises waits in `take_error`.
         """
-    def set_mask(self, slot: int, mask: _Int32Buffer) -> None:
+    def set_mask(self, slot: int, mask: _Int32Buffer, num_masks: int = 1) -> None:
         """Tokens that the next one may be: bit id % 32 of word id // 32. Holds for one draw; ids beyond the
-        end of the mask may not come."""
+        end of the mask may not come. Further masks follow for the rows of drafts."""
     def take_error(self, slot: int) -> BaseException | None:
         """What the slot's processor raised, once."""
     def sample(
-        self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: _Int32Buffer, positions: _Int32Buffer
+        self,
+        ctx: ExecContext,
+        logits: npt.NDArray[np.float32],
+        slots: _Int32Buffer,
+        positions: _Int32Buffer,
+        drafts: _Int32Buffer | None = None,
     ) -> StepResult:
         """Sample one token per row of logits (R, V), as ``Model.step`` does.
 
         ``slots`` (R,) int32; ``positions`` (R,) int32: the position each new token will have, which selects
         the random number. A slot that has to know its tokens may have one row, and adds the token to them.
+        ``drafts`` (R,) int32: -1, or the token that row r's logits take for the one that row r - 1, of the
+        same slot, draws; if it draws another, row r gives no token.
         """
     def process(
         self, ctx: ExecContext, logits: npt.NDArray[np.float32], slots: _Int32Buffer, positions: _Int32Buffer
@@ -196,15 +204,35 @@ class Sampler:
         """The scores (R, V) that ``sample`` would draw from: edited, divided by the temperature (unless that
         is 0), -infinity where a token is banned or cut off. Changes nothing in the slots."""
 
+class SharedFollowers:
+    """What followed which tokens in all texts of an engine, of about the last ``max_tokens`` tokens."""
+
+    def __init__(self, max_tokens: int) -> None: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+class NgramDrafter:
+    """An n-gram model of one text that learns as the text grows, and guesses how it goes on."""
+
+    def __init__(self, min_length: int, max_length: int, shared: SharedFollowers | None = None) -> None:
+        """Looks at the last ``min_length`` to ``max_length`` tokens, 1 to 64. ``shared``: learn from and for
+        other texts as well."""
+    @property
+    def num_tokens(self) -> int: ...
+    def extend(self, token_ids: _Int32Buffer) -> None: ...
+    def draft(self, max_tokens: int, least: float = 0.0) -> list[tuple[int, float]]:
+        """(token id, probability that it and all before it come), as long as that reaches ``least``."""
+
 class StepResult:
-    """Result of one step, in the order of the sequences that sampled (request_slot >= 0)."""
+    """Result of one step, in the order of the sequences that sampled (request_slot >= 0): a row for each, and
+    one more for each of its drafts."""
 
     @property
     def token_ids(self) -> list[int]:
         """-1 for a row whose logits hold NaN or +infinity, or are all -infinity: nothing can be drawn from
         them; its list of best tokens is empty. -2 where the slot's own edits forbid every token, -3 where its
-        processor failed (`Sampler.take_error`). Such a row's log-probability is NaN; the other rows are not
-        affected."""
+        processor failed (`Sampler.take_error`), -4 after a draft that was not drawn. Such a row's
+        log-probability is NaN; the other rows are not affected."""
     @property
     def logprobs(self) -> list[float]:
         """Log-probability of each token under the model's distribution (temperature 1, nothing cut off);
@@ -296,12 +324,14 @@ class Model:
         score_rows: _Int32Buffer | None = None,
         targets: _Int32Buffer | None = None,
         top_n: int = 0,
+        num_drafts: _Int32Buffer | None = None,
     ) -> StepResult:
         """Copy blocks, run the batch, sample the last token of each sequence whose request_slot
         (B,) int32 is >= 0. The random counter of a sample is its position (context_len).
 
         ``score_rows`` (R,) int32: rows of the batch to score, in any order; ``targets`` (R,): the token that
         is to follow each; ``top_n`` (0 to 64, at most V): also the best tokens. Scores are, bit for bit, the
-        log-probabilities reported of sampled tokens."""
+        log-probabilities reported of sampled tokens. ``num_drafts`` (B,): that many of a sequence's last
+        tokens are guesses at what follows; each gets a row of the result (`Sampler.sample`)."""
     def forward(self, kv: KVCache, batch: Batch, rows: _Int32Buffer | None = None) -> npt.NDArray[np.float32]:
         """Logits (R, V) of the chosen rows of the batch, or of all T. For tests and custom processors."""

@@ -103,6 +103,26 @@ class Constraint:
             raise RequestError(f"the grammar cannot be followed any further: {self._matcher.get_error()}")
         return memoryview(bits).cast("i")
 
+    def masks(self, drafts: Sequence[int]) -> tuple[memoryview, int]:
+        """What may come next, and what after each of the drafts, one mask after the other; how many of the
+        drafts may come, as far as the grammar is concerned, with something after them."""
+        if not drafts:
+            return self.mask(), 0
+        matcher = self._matcher
+        masks = [self.mask()]
+        try:
+            for draft in drafts:
+                if matcher.try_consume_tokens([draft]) == 0:
+                    break
+                if matcher.is_stopped():
+                    matcher.rollback(1)
+                    break
+                masks.append(self.mask())
+        finally:
+            if len(masks) > 1:
+                matcher.rollback(len(masks) - 1)
+        return memoryview(b"".join(masks)).cast("i"), len(masks) - 1
+
     def take(self, token: int) -> bool:
         """Go on with a token that the mask allowed; whether the text is complete and nothing may follow."""
         if not self._matcher.consume_token(token):

@@ -39,6 +39,10 @@ class Beam(Sample):
         self.best: list[tuple[int, float]] = []  # tokens by the model's log-probability, beside them
 
     @property
+    def takes_drafts(self) -> bool:
+        return False  # nothing is drawn that a guess could be compared with
+
+    @property
     def waits(self) -> bool:
         return self.candidates is not None
 
@@ -58,6 +62,7 @@ class Beam(Sample):
         heir.mirostat_mu = None
         heir.num_reported = 0
         heir.prompt_logprobs = self.prompt_logprobs
+        heir.drafts, heir.drafter = (), None
         heir.constraint = None if self.constraint is None else self.constraint.copy()
         heir.text = self.text
         if self.text is not None and self.request.needs_text:

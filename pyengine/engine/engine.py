@@ -17,8 +17,10 @@ from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
 from pyengine.engine.scheduler import BlockManager, Scheduler, blocks_for
 from pyengine.engine.scoring import Window
+from pyengine.engine.speculation import Speculator
 from pyengine.errors import CheckpointError, InternalError, PyEngineError, RequestError
 
+SKIPPED = -4  # in place of a token after a draft that was wrong (csrc/sampling/sampler.h)
 Scheduled = list[tuple[Sequence, int]]  # and how many of its next tokens run
 
 
@@ -49,6 +51,7 @@ class Engine:
         self.ended: list[Request] = []  # since somebody last emptied it
         self.num_waiting = 0  # requests of which nothing has run yet
         self.counters = Counters()
+        self.speculator: Speculator | None = None
         self._positions = array("i", range(max_model_len))
         self._padding = array("i", bytes(4 * blocks_for(max_model_len)))
 
@@ -86,16 +89,21 @@ class Engine:
                 if self.requests:
                     raise InternalError(f"{len(self.requests)} requests wait and none can run")
                 return 0
+            if self.speculator is not None:
+                self.speculator.propose(scheduled, self.scheduler)
             self._set_up(scheduled, begin)
             copies = self.scheduler.block_copies
             running = [entry for entry in scheduled if entry[0].slot >= 0]
             if not running:
                 return 0
+            start = time.perf_counter()
             try:
                 ran = self._run(running, copies)
             except Exception as error:
                 self._run_apart(running, copies, error)
             else:
+                if self.speculator is not None:
+                    self.speculator.measure(running, time.perf_counter() - start)
                 self._hand_out(running, *ran)
             self.counters.count_step(begin, time.perf_counter())
             return sum([count for _, count in running])
@@ -117,6 +125,7 @@ class Engine:
         query_start, context_len = array("i", (0,)), array("i")
         block_table, slots = array("i"), array("i")
         score_rows, targets, num_scored = array("i"), array("i"), array("i")
+        num_drafts = array("i")
         top_n = 0
         max_blocks = max([len(seq.blocks) for seq, _ in scheduled])
         for seq, count in scheduled:
@@ -136,15 +145,22 @@ class Engine:
                 targets.extend(seq.token_ids[first:last])
                 top_n = max(top_n, seq.top_n)
             num_scored.append(max(0, last - first))
+            if drafts := seq.drafts:
+                tokens.extend(drafts)
+                positions.extend(self._positions[end : end + len(drafts)])
+                end += len(drafts)
+            num_drafts.append(len(drafts))
             query_start.append(len(tokens))
             context_len.append(end)
             block_table.extend(seq.blocks)
             block_table.extend(self._padding[: max_blocks - len(seq.blocks)])
         batch = core.batch(tokens, positions, query_start, context_len, block_table, copies or None)
+        further: dict[str, Any] = {}
         if score_rows:
-            result = core.model.step(core.kv, core.sampler, batch, slots, score_rows, targets, top_n)
-        else:
-            result = core.model.step(core.kv, core.sampler, batch, slots)
+            further.update(score_rows=score_rows, targets=targets, top_n=top_n)
+        if len(tokens) > len(num_drafts) and any(num_drafts):
+            further["num_drafts"] = num_drafts
+        result = core.model.step(core.kv, core.sampler, batch, slots, **further)
         return result, slots, num_scored
 
     def _run_apart(self, scheduled: Scheduled, copies: array[int], error: Exception) -> None:
@@ -176,13 +192,14 @@ class Engine:
         logprobs: list[float] | None = None
         scores: list[float] | None = None
         now = time.perf_counter()
-        row = -1
-        score_row = 0
+        next_row = score_row = 0
         counters = self.counters
         beams: list[tuple[Beam, int]] = []
         for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
             request = seq.request
-            row += slot >= 0
+            row = next_row
+            if slot >= 0:
+                next_row += 1 + len(seq.drafts)
             if num_rows:
                 if scores is None:
                     scores, score_tops = result.scores, result.score_tops
@@ -215,15 +232,28 @@ class Engine:
             if is_prompt and seq.index == 0 and len(seq.token_ids) == seq.num_prompt:
                 if len(seq.request.sequences) > 1:
                     self.scheduler.start_samples(seq.request)
-            if seq.request.uses_mirostat:
-                seq.mirostat_mu = result.mirostat_mu[row]
-            if seq.request.keeps_logprobs:
-                if logprobs is None:
-                    logprobs, top_logprobs = result.logprobs, result.top_logprobs
-                seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
-            counters.new_tokens += 1
+            generation = seq.request
+            if logprobs is None and generation.keeps_logprobs:
+                logprobs, top_logprobs = result.logprobs, result.top_logprobs
             try:
-                seq.append(token, now)
+                while token >= 0:
+                    if generation.uses_mirostat:
+                        seq.mirostat_mu = result.mirostat_mu[row]
+                    if logprobs is not None and generation.keeps_logprobs:
+                        seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
+                    counters.new_tokens += 1
+                    seq.append(token, now)
+                    row += 1
+                    if row == next_row or seq.finish_reason is not None:
+                        break
+                    token = sampled[row]
+                    if token != SKIPPED:
+                        seq.num_computed += 1  # the draft was right: its keys and values are the token's
+                if seq.drafts:
+                    self._count_drafts(seq, row - next_row + len(seq.drafts))
+                if token < 0 and token != SKIPPED:
+                    self.give_up(request, self._why_no_token(seq, token))
+                    continue
                 if seq.finish_reason is not None:
                     self.scheduler.release(seq)
                     if request.finished:
@@ -255,6 +285,15 @@ class Engine:
                     self.give_up(request, self._why_no_token(last, -2))
             except Exception as error:
                 self.give_up(request, _named(request, error))
+
+    def _count_drafts(self, seq: Sample, accepted: int) -> None:
+        drafted, request, counters = len(seq.drafts), seq.request, self.counters
+        request.draft_tokens += drafted
+        request.accepted_tokens += accepted
+        counters.draft_tokens += drafted
+        counters.accepted_tokens += accepted
+        if self.speculator is not None:
+            self.speculator.drafter.learn(seq, drafted, accepted)
 
     def _take_scores(
         self, seq: Sequence, logprobs: list[float], tops: list[list[tuple[int, float]]]
@@ -312,7 +351,9 @@ class Engine:
                     if not seq.is_set_up:
                         self._set_sampler(seq)
                     if seq.constraint is not None and seq.num_computed + count == seq.num_inputs:
-                        self.core.sampler.set_mask(seq.slot, seq.constraint.mask())
+                        masks, allowed = seq.constraint.masks(seq.drafts)
+                        seq.drafts = seq.drafts[:allowed]
+                        self.core.sampler.set_mask(seq.slot, masks, allowed + 1)
             except Exception as error:
                 for sibling in request.sequences:
                     if sibling.slot >= 0:

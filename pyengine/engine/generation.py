@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import abc
+from typing import Any
 
 from pyengine.decoding.resolve import ResolvedParams
 from pyengine.engine.request import Mailbox, Request, Sequence, TokenLogprobs
@@ -16,6 +17,8 @@ class Sample(Sequence):
 
     __slots__ = (
         "constraint",
+        "drafter",
+        "drafts",
         "logprobs",
         "mirostat_mu",
         "num_reported",
@@ -31,6 +34,8 @@ class Sample(Sequence):
         self.stop_reason: str | int | None = None
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []  # of the prompt's tokens from the second on
+        self.drafts: abc.Sequence[int] = ()
+        self.drafter: Any = None  # what the engine's drafter remembers of it
         self.mirostat_mu: float | None = None  # what Mirostat goes on with after preemption
         self.num_reported = 0  # new tokens that deltas have reported
         params = request.params
@@ -62,6 +67,11 @@ class Sample(Sequence):
             return False
         first = self.request.sequences[0]
         return first.finish_reason is None and first.num_computed < first.num_prompt
+
+    @property
+    def takes_drafts(self) -> bool:
+        """A logits processor is the caller's: it is asked about tokens that have come, not about guesses."""
+        return "processor" not in self.request.params.sampler
 
     @property
     def new_token_ids(self) -> array[int]:
@@ -142,6 +152,7 @@ class Generation(Request):
         self.last_token: float | None = None
         self.num_token_steps = 0  # steps that gave it a token
         self.longest_gap: float | None = None  # between two of them, seconds
+        self.draft_tokens = self.accepted_tokens = 0  # guessed, and right
         self.sequences = [Sample(self, index) for index in range(params.n)]
         self.prompt_logprobs = self.sequences[0].prompt_logprobs
         self.num_unfinished = params.n
@@ -257,6 +268,8 @@ class Generation(Request):
             arrival_time=self.arrival_time,
             inter_token_latency=mean_gap,
             max_inter_token_latency=self.longest_gap,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
 
 

@@ -21,6 +21,7 @@ class Counters:
         self.prompt_tokens = 0  # that ran, scored texts included
         self.new_tokens = 0
         self.scored_tokens = 0
+        self.draft_tokens = self.accepted_tokens = 0  # guessed ahead of the model, and right
         self.finished = self.aborted = self.failed = 0  # requests
         # (time, prompt_tokens, new_tokens) at most ten times per second, over a little more than the window
         self._marks: deque[tuple[float, int, int]] = deque()

@@ -46,6 +46,7 @@ class Sequence:
         "token_ids",
     )
     draws = False  # whether a token is drawn after the last input
+    drafts: abc.Sequence[int] = ()  # what the step that is scheduled takes to follow the last input
 
     def __init__(self, request: Request, index: int, token_ids: array[int], num_inputs: int) -> None:
         self.request = request

@@ -123,6 +123,19 @@ class Scheduler:
                 return self.schedule()
         return scheduled
 
+    def reserve_drafts(self, seq: Sequence, wanted: int) -> int:
+        """Blocks for drafts after the next token of a sequence that is scheduled; how many drafts they hold.
+
+        Nobody loses a block for guesses, nor the one that it may need for its next token.
+        """
+        length = seq.num_computed + 1
+        missing = blocks_for(length + wanted) - len(seq.blocks)
+        if missing > 0:
+            spare = self.manager.num_available - len(self.running)
+            if spare > 0:
+                seq.blocks.extend(self.manager.allocate(min(missing, spare)))
+        return min(wanted, len(seq.blocks) * BLOCK_TOKENS - length)
+
     def start_samples(self, request: Generation) -> None:
         """The first sample has computed the prompt: let the others share its very blocks."""
         first, num_prompt = request.sequences[0], len(request.prompt_ids)

@@ -124,6 +124,8 @@ class EngineThread:
             finished=counters.finished,
             aborted=counters.aborted,
             failed=counters.failed,
+            draft_tokens=counters.draft_tokens,
+            accepted_tokens=counters.accepted_tokens,
         )
 
     def check_process(self) -> None:

@@ -29,9 +29,9 @@ class Wrong(BaseException):
 
 def strict(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def checked(*arguments: Any) -> Any:
+    def checked(*arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except (AssertionError, LookupError) as error:
             raise Wrong(str(error)) from error
 
@@ -206,6 +206,7 @@ class FakeModel:
         score_rows: Sequence[int] = (),
         targets: Sequence[int] = (),
         top_n: int = 0,
+        num_drafts: Sequence[int] | None = None,
     ) -> FakeStepResult:
         self.steps += 1
         self._write(kv, batch)
@@ -214,8 +215,20 @@ class FakeModel:
         assert len({slot for slot in slots if slot >= 0}) == sum(slot >= 0 for slot in slots)
         result = FakeStepResult()
         for row, slot in enumerate(slots):
-            if slot >= 0:
-                length = batch.context_len[row]
+            drafts = 0 if num_drafts is None else num_drafts[row]
+            assert drafts == 0 or slot >= 0
+            assert drafts < batch.query_start[row + 1] - batch.query_start[row]
+            is_skipped = False
+            for place in range(drafts + 1 if slot >= 0 else 0):
+                length = batch.context_len[row] - drafts + place
+                if place > 0:
+                    drafted = batch.token_ids[batch.query_start[row + 1] - 1 - drafts + place]
+                    is_skipped = is_skipped or result.token_ids[-1] != drafted
+                if is_skipped:
+                    result.token_ids.append(-4)
+                    result.logprobs.append(float("nan"))
+                    result.top_logprobs.append([])
+                    continue
                 history = self._read(kv, batch.tables[row], length)
                 params = sampler.slots[slot]
                 draw = (params["seed"], params["sample_index"]) if params["temperature"] else (0, 0)

@@ -235,5 +235,5 @@ def test_a_slot_that_missed_a_token_is_noticed() -> None:
     sampler.set(0, token_ids=np.array([1, 2], np.int32), num_prompt=2, repetition_penalty=1.5)
     with pytest.raises(InternalError, match="has seen 2 tokens, but samples position 3"):
         step(sampler, [[1, 2, 3]], [0])
-    with pytest.raises(InternalError, match="two rows"):
+    with pytest.raises(InternalError, match="two groups of rows"):
         step(sampler, [[1, 2], [1, 2]], [0, 0])
