@@ -228,6 +228,7 @@ class FakeModel:
                     result.token_ids.append(-4)
                     result.logprobs.append(float("nan"))
                     result.top_logprobs.append([])
+                    result.candidates.append([])
                     continue
                 history = self._read(kv, batch.tables[row], length)
                 params = sampler.slots[slot]
