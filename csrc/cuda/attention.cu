@@ -148,6 +148,7 @@ template <class T, class KV>
 __global__ void __launch_bounds__(128)
     prefill_attention_f32(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<KV> cache,
                           float scale, T* out) {
+  PYENGINE_SHARED(weights, float4[4][kKeys]);  // of a warp's four queries, by key
   PYENGINE_DYNAMIC_SHARED(memory);
   const int head_dim = cache.head_dim, head = static_cast<int>(blockIdx.y);
   const int pitch = head_dim + 1;                      // a column then lies in 32 different banks
@@ -211,10 +212,11 @@ __global__ void __launch_bounds__(128)
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) acc[i][c] *= shrink;
     }
+    weights[warp][lane] = {weight[0], weight[1], weight[2], weight[3]};
+    __syncwarp();
     for (int j = 0; j < kKeys; ++j) {
-      float p[kPerWarp];
-#pragma unroll
-      for (int i = 0; i < kPerWarp; ++i) p[i] = __shfl_sync(kAllLanes, weight[i], j);
+      const float4 of_key = weights[warp][j];
+      const float p[kPerWarp] = {of_key.x, of_key.y, of_key.z, of_key.w};
 #pragma unroll
       for (int c = 0; c < kLaneChannels; ++c) {
         if (c * 32 + lane < head_dim) {

@@ -89,7 +89,7 @@ void GPT2::require_fits(const KVCache& kv, const Batch& batch) {
   batch.require_blocks(kv.num_blocks(), block_marks_);
 }
 
-void GPT2::require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const {
+void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) {
   for (int32_t r = 0; r < num_rows; ++r) {
     if (rows[r] < 0 || rows[r] >= batch.num_tokens()) {
       throw RequestError("row " + number(rows[r]) + " does not exist: the batch has " +
@@ -211,7 +211,7 @@ void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& ba
                 const int32_t* num_drafts) {
   ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
-  require_scored(batch, scored);
+  require_scored(config_, batch, scored);
   rows_.clear();
   sample_slots_.clear();
   sample_positions_.clear();
@@ -268,18 +268,18 @@ void GPT2::score(ExecContext& ctx, ProfiledStep& step, const void* h, const Scor
   }
 }
 
-void GPT2::require_scored(const Batch& batch, const ScoredRows& scored) const {
+void require_scored(const GPT2Config& config, const Batch& batch, const ScoredRows& scored) {
   require_rows(batch, scored.rows, scored.num_rows);
   for (int32_t r = 0; r < scored.num_rows; ++r) {
-    if (scored.targets[r] < 0 || scored.targets[r] >= config_.vocab_size) {
+    if (scored.targets[r] < 0 || scored.targets[r] >= config.vocab_size) {
       throw RequestError("target token " + number(scored.targets[r]) +
-                         " is outside the vocabulary of " + number(config_.vocab_size));
+                         " is outside the vocabulary of " + number(config.vocab_size));
     }
   }
   constexpr int32_t kMaxTopN = 64;  // ops::score_rows
-  if (scored.top_n < 0 || scored.top_n > kMaxTopN || scored.top_n > config_.vocab_size) {
+  if (scored.top_n < 0 || scored.top_n > kMaxTopN || scored.top_n > config.vocab_size) {
     throw RequestError("top_n is " + number(scored.top_n) + ", but must lie in 0 to " +
-                       number(std::min(kMaxTopN, config_.vocab_size)));
+                       number(std::min(kMaxTopN, config.vocab_size)));
   }
 }
 

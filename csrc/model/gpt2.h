@@ -48,6 +48,10 @@ struct ScoredRows {
   int32_t top_n = 0;  // also the best tokens of each row
 };
 
+// Throw RequestError unless the rows are the batch's, and targets and top_n fit the vocabulary.
+void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows);
+void require_scored(const GPT2Config& config, const Batch& batch, const ScoredRows& scored);
+
 class GPT2 {
  public:
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
@@ -107,8 +111,6 @@ class GPT2 {
   class Loader;
 
   void require_fits(const KVCache& kv, const Batch& batch);
-  void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows) const;
-  void require_scored(const Batch& batch, const ScoredRows& scored) const;
 
   // Everything up to and including the final layer norm of `rows`: (R, C) of dtype_, or null if
   // there are none.

@@ -1,0 +1,412 @@
+// GPT-2's forward pass on the device.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "core/errors.h"
+#include "cuda/backend.h"
+#include "cuda/kernels.h"
+
+namespace pyengine::cuda {
+
+namespace {
+
+std::string number(int64_t n) { return std::to_string(n); }
+
+size_t scale_bytes(const GPT2Config& config, DType kv) {  // of the keys of one block
+  return kv == DType::i8 ? size_t{kBlockTokens} * config.n_head * sizeof(float) : 0;
+}
+
+size_t key_bytes(const GPT2Config& config, DType kv) {
+  return size_t{kBlockTokens} * config.n_embd * size_of(kv);
+}
+
+// 32-bit integers of a step: written on the host one after the other, uploaded together.
+class StepArrays {
+ public:
+  void start(size_t capacity) {
+    used_ = 0;
+    if (host_.size() >= capacity * 4) return;
+    host_ = PinnedBuffer(capacity * 4);
+    device_ = DeviceBuffer(capacity * 4, "the step's arrays");
+    ++generation_;
+  }
+  // Room for n integers, at a multiple of 16 bytes; where they will lie on the device in `device`.
+  int32_t* take(size_t n, const int32_t*& device) {
+    int32_t* place = static_cast<int32_t*>(host_.data()) + used_;
+    device = device_.as<int32_t>() + used_;
+    used_ += (n + 3) / 4 * 4;
+    return place;
+  }
+  void upload(Stream& stream) { stream.upload(device_.data(), host_.data(), used_ * 4); }
+  int generation() const { return generation_; }  // changes when the arrays move
+
+ private:
+  PinnedBuffer host_;
+  DeviceBuffer device_;
+  size_t used_ = 0;
+  int generation_ = 0;
+};
+
+// A buffer that grows to the largest step.
+class Scratch {
+ public:
+  void* reserve(size_t bytes, int& generation) {
+    if (buffer_.size() < bytes) {
+      buffer_ = DeviceBuffer();  // never both at once
+      buffer_ = DeviceBuffer(bytes, "activations");
+      ++generation;
+    }
+    return buffer_.data();
+  }
+
+ private:
+  DeviceBuffer buffer_;
+};
+
+class Model final : public Backend {
+ public:
+  Model(const GPT2Config& config, const std::map<std::string, TensorView>& tensors, DType act,
+        DType kv, int32_t num_blocks)
+      : device_(find_device()), config_(config), act_(act), kv_(kv), num_blocks_(num_blocks) {
+    require_fits();
+    load(tensors);
+    allocate_cache();
+    stream_.wait();
+    staging_ = DeviceBuffer();
+  }
+
+  const BackendDevice& device() const override { return device_; }
+  void run(const ops::RaggedBatch& batch, const int32_t* block_copies, int32_t num_copies,
+           const int32_t* rows, int32_t num_rows) override;
+  float* logits(int32_t first, int32_t n) override;
+
+ private:
+  struct Dense {
+    const void* weight = nullptr;  // (N, K) act
+    const float* bias = nullptr;   // (N,)
+    int64_t k = 0, n = 0;
+  };
+  struct Norm {
+    const float *gain = nullptr, *bias = nullptr;
+  };
+  struct Layer {
+    Norm ln_1, ln_2;
+    Dense c_attn, attn_c_proj, c_fc, mlp_c_proj;
+    KVLayer cache;
+  };
+  struct Step {
+    Tokens tokens;
+    AttentionPlan plan;
+    const int32_t* rows = nullptr;
+    int32_t num_rows = 0;
+  };
+  struct CapturedStep {
+    int32_t tokens = 0, segments = 0;
+    std::unique_ptr<Graph> graph;
+  };
+
+  void require_fits() const;
+  void load(const std::map<std::string, TensorView>& tensors);
+  void allocate_cache();
+  Step prepare(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows);
+  void reserve(const Step& step);
+  void forward(const Step& step);
+  void apply(const void* x, int rows, const Dense& dense, ops::Activation activation, Output output,
+             void* out) {
+    cuda::dense(stream_, x, act_, rows, dense.weight, dense.k, dense.n, dense.bias, activation,
+                output, out);
+  }
+  void norm(const float* x, const int32_t* rows, int n, const Norm& norm) {
+    layer_norm(stream_, x, rows, n, config_.n_embd, norm.gain, norm.bias,
+               config_.layer_norm_epsilon, h_, act_);
+  }
+
+  BackendDevice device_;
+  GPT2Config config_;
+  DType act_, kv_;
+  int32_t num_blocks_;
+  Stream stream_;
+  std::vector<DeviceBuffer> owned_;
+  DeviceBuffer staging_;  // of tensors on their way, while loading
+
+  const void *wte_ = nullptr, *wpe_ = nullptr;
+  Dense head_;
+  Norm ln_f_;
+  std::vector<Layer> layers_;
+
+  StepArrays arrays_;
+  Scratch x_buffer_, h_buffer_, qkv_buffer_, attn_buffer_, ff_buffer_, partial_buffer_,
+      logits_buffer_;
+  float* x_ = nullptr;    // (T, C) f32: the residual stream
+  void* h_ = nullptr;     // (max(T, R), C) act: what a dense layer reads
+  void* qkv_ = nullptr;   // (T, 3C) act
+  void* attn_ = nullptr;  // (T, C) act
+  void* ff_ = nullptr;    // (T, n_inner) act
+  float* partial_ = nullptr;
+  int generation_ = 0;  // changes when a buffer moves: graphs name addresses
+  int captured_generation_ = 0;
+  std::vector<CapturedStep> captured_;
+  PinnedBuffer host_logits_;
+};
+
+void Model::require_fits() const {
+  config_.require_valid();
+  if (act_ == DType::bf16 && device_.major < 8) {
+    throw ConfigError("dtype is bfloat16, but " + device_.name + " has compute capability " +
+                      number(device_.major) + "." + number(device_.minor) +
+                      " and no bfloat16 arithmetic; use float16 or float32");
+  }
+  if (kv_ != act_ && kv_ != DType::i8) {
+    throw ConfigError(std::string("KV cache: the dtype is ") + name_of(kv_) +
+                      ", but on CUDA it must be that of the activations, " + name_of(act_) +
+                      ", or int8");
+  }
+  auto require_multiple = [](int32_t value, const char* what) {
+    if (value % 8 != 0) {
+      throw ConfigError(std::string("config: ") + what + " is " + number(value) +
+                        ", but on CUDA must be a multiple of 8");
+    }
+  };
+  require_multiple(config_.head_dim(), "n_embd / n_head");
+  require_multiple(config_.n_inner, "n_inner");
+  if (num_blocks_ < 1) throw ConfigError("KV cache: num_blocks must be at least 1");
+}
+
+// Moves tensors to the device: matrices as (N, K) of act, vectors as f32.
+void Model::load(const std::map<std::string, TensorView>& tensors) {
+  auto find = [&](const std::string& name, int64_t elements) -> const TensorView& {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) throw CheckpointError("tensor '" + name + "' is missing");
+    const TensorView& tensor = found->second;
+    if (tensor.dtype == DType::i8 || tensor.bytes != elements * size_of(tensor.dtype)) {
+      throw CheckpointError("tensor '" + name + "' holds " + number(tensor.bytes) + " bytes of " +
+                            name_of(tensor.dtype) + ", but " + number(elements) +
+                            " floating-point numbers are expected");
+    }
+    return tensor;
+  };
+  auto convert = [&](const std::string& name, bool transpose, int64_t n, int64_t k, DType to) {
+    const TensorView& tensor = find(name, n * k);
+    if (staging_.size() < tensor.bytes) staging_ = DeviceBuffer(tensor.bytes, "a tensor");
+    owned_.emplace_back(n * k * size_of(to), "weights");
+    stream_.upload(staging_.data(), tensor.data, tensor.bytes);
+    convert_weight(stream_, staging_.data(), tensor.dtype, transpose, n, k, owned_.back().data(),
+                   to);
+    stream_.wait();  // the staging buffer is free again
+    return owned_.back().data();
+  };
+  auto vector = [&](const std::string& name, int64_t n) {
+    return static_cast<const float*>(convert(name, false, 1, n, DType::f32));
+  };
+  auto norm = [&](const std::string& name) {
+    return Norm{vector(name + ".weight", config_.n_embd), vector(name + ".bias", config_.n_embd)};
+  };
+  auto conv1d = [&](const std::string& name, int64_t k, int64_t n) {
+    if (tensors.count(name + ".scale") != 0) {
+      throw ConfigError("the weights are quantised, which the CUDA back end does not compute with");
+    }
+    return Dense{convert(name + ".weight", true, n, k, act_), vector(name + ".bias", n), k, n};
+  };
+  const int64_t channels = config_.n_embd, inner = config_.n_inner;
+  for (int32_t i = 0; i < config_.n_layer; ++i) {
+    const std::string h = "h." + number(i) + ".";
+    Layer layer;
+    layer.ln_1 = norm(h + "ln_1");
+    layer.c_attn = conv1d(h + "attn.c_attn", channels, 3 * channels);
+    layer.attn_c_proj = conv1d(h + "attn.c_proj", channels, channels);
+    layer.ln_2 = norm(h + "ln_2");
+    layer.c_fc = conv1d(h + "mlp.c_fc", channels, inner);
+    layer.mlp_c_proj = conv1d(h + "mlp.c_proj", inner, channels);
+    layers_.push_back(layer);
+  }
+  ln_f_ = norm("ln_f");
+  wte_ = convert("wte.weight", false, config_.vocab_size, channels, act_);
+  wpe_ = convert("wpe.weight", false, config_.n_positions, channels, act_);
+  const void* head = tensors.count("lm_head.weight") != 0
+                         ? convert("lm_head.weight", false, config_.vocab_size, channels, act_)
+                         : wte_;
+  head_ = {head, nullptr, channels, config_.vocab_size};
+}
+
+void Model::allocate_cache() {
+  const size_t keys = key_bytes(config_, kv_) * num_blocks_;
+  const size_t scales = scale_bytes(config_, kv_) * num_blocks_;
+  owned_.emplace_back(block_bytes(config_, kv_) * num_blocks_, "the KV cache");
+  std::byte* at = owned_.back().bytes();
+  for (Layer& layer : layers_) {
+    KVLayer& cache = layer.cache;
+    cache.dtype = kv_;
+    cache.n_head = config_.n_head;
+    cache.head_dim = config_.head_dim();
+    cache.keys = std::exchange(at, at + keys);
+    cache.values = std::exchange(at, at + keys);
+    cache.key_scales = reinterpret_cast<float*>(std::exchange(at, at + scales));
+    cache.value_scales = reinterpret_cast<float*>(std::exchange(at, at + scales));
+  }
+}
+
+// The step's arrays lie at places that depend on T, B and R alone, so that a captured graph finds
+// them again.
+Model::Step Model::prepare(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows) {
+  const int32_t tokens = batch.num_tokens, seqs = batch.num_seqs;
+  const int32_t max_blocks = (config_.n_positions + kBlockTokens - 1) / kBlockTokens;
+  // No more tiles than tokens; 16 integers for the alignment of each array.
+  arrays_.start(static_cast<size_t>(tokens) * 6 + static_cast<size_t>(seqs) * max_blocks +
+                num_rows + 16 * 8);
+  Step step;
+  step.num_rows = num_rows;
+  step.tokens.count = tokens;
+  step.tokens.max_blocks = max_blocks;
+  std::copy_n(batch.token_ids, tokens, arrays_.take(tokens, step.tokens.ids));
+  std::copy_n(batch.positions, tokens, arrays_.take(tokens, step.tokens.positions));
+  int32_t* sequence = arrays_.take(tokens, step.tokens.sequence);
+  int32_t* table = arrays_.take(static_cast<size_t>(seqs) * max_blocks, step.tokens.block_table);
+  std::copy_n(rows, num_rows, arrays_.take(num_rows, step.rows));
+  int32_t* single = arrays_.take(tokens, step.plan.single);
+  int32_t* tiles = arrays_.take(size_t{2} * tokens, step.plan.tiles);
+  int32_t longest = 1;
+  for (int32_t b = 0; b < seqs; ++b) {
+    const int32_t begin = batch.query_start[b], end = batch.query_start[b + 1];
+    std::fill(sequence + begin, sequence + end, b);
+    const int32_t used = std::min(batch.max_blocks, max_blocks);
+    std::copy_n(batch.block_table + int64_t{b} * batch.max_blocks, used,
+                table + int64_t{b} * max_blocks);
+    std::fill(table + int64_t{b} * max_blocks + used, table + int64_t{b + 1} * max_blocks, 0);
+    if (end - begin == 1) {
+      single[step.plan.num_single++] = begin;
+      longest = std::max(longest, batch.context_len[b]);
+      continue;
+    }
+    for (int32_t i = begin; i < end; i += kQueryTile) {
+      int32_t* tile = tiles + size_t{2} * step.plan.num_tiles++;
+      tile[0] = i;
+      tile[1] = std::min(kQueryTile, end - i);
+    }
+  }
+  step.plan.segments = (longest + ops::kKeySegment - 1) / ops::kKeySegment;
+  return step;
+}
+
+void Model::reserve(const Step& step) {
+  const int64_t tokens = step.tokens.count, channels = config_.n_embd;
+  const auto act = static_cast<int64_t>(size_of(act_));
+  int& moved = generation_;
+  x_ = static_cast<float*>(x_buffer_.reserve(tokens * channels * 4, moved));
+  h_ = h_buffer_.reserve(std::max<int64_t>(tokens, step.num_rows) * channels * act, moved);
+  qkv_ = qkv_buffer_.reserve(tokens * 3 * channels * act, moved);
+  attn_ = attn_buffer_.reserve(tokens * channels * act, moved);
+  ff_ = ff_buffer_.reserve(tokens * config_.n_inner * act, moved);
+  const int64_t partial =
+      partial_floats(step.plan.num_single, config_.n_head, config_.head_dim(), step.plan.segments);
+  partial_ = static_cast<float*>(partial_buffer_.reserve(partial * 4, moved));
+}
+
+void Model::forward(const Step& step) {
+  const Tokens& tokens = step.tokens;
+  const int n = tokens.count;
+  AttentionPlan plan = step.plan;
+  plan.partial = partial_;
+  embed(stream_, tokens, wte_, wpe_, act_, config_.n_embd, x_);
+  for (int32_t i = 0; i < config_.n_layer; ++i) {
+    const Layer& layer = layers_[i];
+    float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;
+    if (config_.scale_attn_by_inverse_layer_idx) scale /= static_cast<float>(i + 1);
+    norm(x_, nullptr, n, layer.ln_1);
+    apply(h_, n, layer.c_attn, ops::Activation::none, Output::act, qkv_);
+    write_kv(stream_, qkv_, act_, tokens, layer.cache);
+    attention(stream_, qkv_, act_, tokens, plan, layer.cache, scale, attn_);
+    apply(attn_, n, layer.attn_c_proj, ops::Activation::none, Output::add, x_);
+    norm(x_, nullptr, n, layer.ln_2);
+    apply(h_, n, layer.c_fc, config_.activation, Output::act, ff_);
+    apply(ff_, n, layer.mlp_c_proj, ops::Activation::none, Output::add, x_);
+  }
+  if (step.num_rows > 0) norm(x_, step.rows, step.num_rows, ln_f_);
+}
+
+void Model::run(const ops::RaggedBatch& batch, const int32_t* block_copies, int32_t num_copies,
+                const int32_t* rows, int32_t num_rows) {
+  stream_.wait();  // the arrays of the step before may still be on their way
+  if (num_copies > 0) {
+    const int32_t* pairs = nullptr;
+    arrays_.start(size_t{2} * num_copies + 4);
+    std::copy_n(block_copies, size_t{2} * num_copies, arrays_.take(size_t{2} * num_copies, pairs));
+    arrays_.upload(stream_);
+    const size_t keys = key_bytes(config_, kv_), scales = scale_bytes(config_, kv_);
+    for (const Layer& layer : layers_) {
+      copy_blocks(stream_, layer.cache.keys, keys, pairs, num_copies);
+      copy_blocks(stream_, layer.cache.values, keys, pairs, num_copies);
+      if (scales == 0) continue;
+      copy_blocks(stream_, layer.cache.key_scales, scales, pairs, num_copies);
+      copy_blocks(stream_, layer.cache.value_scales, scales, pairs, num_copies);
+    }
+    stream_.wait();
+  }
+  const Step step = prepare(batch, rows, num_rows);
+  reserve(step);
+  arrays_.upload(stream_);
+  // Steps that only decode come again and again: their kernels are queued by one call. The number
+  // of segments is the only thing in them that is not read from memory.
+  const bool decodes = step.plan.num_tiles == 0 && num_rows == step.tokens.count;
+  if (!decodes) return forward(step);
+  const int generation = generation_ + arrays_.generation();
+  if (captured_generation_ != generation) captured_.clear();
+  captured_generation_ = generation;
+  auto found = std::find_if(captured_.begin(), captured_.end(), [&](const CapturedStep& c) {
+    return c.tokens == step.tokens.count && c.segments == step.plan.segments;
+  });
+  if (found == captured_.end()) {
+    CapturedStep captured{step.tokens.count, step.plan.segments, nullptr};
+    captured.graph = std::make_unique<Graph>(stream_, [&] { forward(step); });
+    captured_.push_back(std::move(captured));
+    found = captured_.end() - 1;
+  }
+  found->graph->run(stream_);
+}
+
+float* Model::logits(int32_t first, int32_t n) {
+  const int64_t vocab = config_.vocab_size;
+  const size_t bytes = static_cast<size_t>(n) * vocab * sizeof(float);
+  int moved = 0;  // no graph knows these
+  auto* out = static_cast<float*>(logits_buffer_.reserve(bytes, moved));
+  if (host_logits_.size() < bytes) host_logits_ = PinnedBuffer(bytes);
+  const auto* h = static_cast<const std::byte*>(h_) +
+                  static_cast<int64_t>(first) * config_.n_embd * size_of(act_);
+  apply(h, n, head_, ops::Activation::none, Output::f32, out);
+  stream_.download(host_logits_.data(), out, bytes);
+  stream_.wait();
+  return static_cast<float*>(host_logits_.data());
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(const GPT2Config& config,
+                                      const std::map<std::string, TensorView>& tensors, DType act,
+                                      DType kv, int32_t num_blocks) {
+  return std::make_unique<Model>(config, tensors, act, kv, num_blocks);
+}
+
+BackendDevice find_device() {
+  const DeviceInfo info = open_device();
+  return {info.name, info.major, info.minor, info.total_memory, info.free_memory};
+}
+
+size_t block_bytes(const GPT2Config& config, DType kv) {
+  return 2 * static_cast<size_t>(config.n_layer) *
+         (key_bytes(config, kv) + scale_bytes(config, kv));
+}
+
+}  // namespace pyengine::cuda
+
+extern "C" __attribute__((visibility("default"))) const pyengine::cuda::Library*
+pyengine_cuda_library() {
+  static const pyengine::cuda::Library library = [] {
+    pyengine::cuda::Library l;
+    l.make = &pyengine::cuda::make_backend;
+    l.find = &pyengine::cuda::find_device;
+    return l;
+  }();
+  return &library;
+}
