@@ -82,19 +82,6 @@ static const float* query_of(const AttentionState& s, int unit) {
          (s.item.head0 + unit / s.rows) * s.job.kv.head_dim;
 }
 
-static void scale_queries(AttentionState& s) {
-  const AttentionJob& j = s.job;
-  const Vf scale = set1(j.scale);
-  for (int u = 0; u < s.units; ++u) {
-    const float* q = query_of(s, u);
-    float* to = s.query + u * s.query_stride;
-    for (int64_t d = 0; d < s.query_stride; d += kLanes) {
-      const int64_t left = j.kv.head_dim - d;
-      store(to + d, left > 0 ? mul(load_upto(q + d, left), scale) : zero());
-    }
-  }
-}
-
 static int position(const AttentionState& s, int row) {
   const int last = s.item.num_rows - 1;
   return s.job.positions[s.item.row0 + (row < last ? row : last)];
@@ -118,27 +105,6 @@ static void fetch_next_query(const AttentionState& s, int unit) {
   const auto* q = reinterpret_cast<const char*>(s.job.q + (next->row0 + row) * s.job.channels +
                                                 (next->head0 + head) * s.job.kv.head_dim);
   for (int64_t i = 0; i < s.job.kv.head_dim * 4; i += 64) __builtin_prefetch(q + i, 0, 3);
-}
-
-// Scores to probabilities. Lanes after a row's last key hold -infinity, vectors after it anything.
-static void softmax(AttentionState& s) {
-  for (int u = 0; u < s.units; ++u) {
-    const int keys = s.keys[u % s.rows];
-    if (keys == 0) continue;
-    fetch_next_query(s, u);
-    float* p = s.scores + int64_t{u} * ops::kKeySegment;
-    Vf best = load(p);
-    for (int i = kLanes; i < keys; i += kLanes) best = max(best, load(p + i));
-    const float highest = max_of(best);
-    Vf total = zero();
-    for (int i = 0; i < keys; i += kLanes) {
-      const Vf e = exp2_nonpositive(sub(load(p + i), set1(highest)));
-      store(p + i, e);
-      total = add(total, e);
-    }
-    s.part_max[u] = highest;
-    s.part_sum[u] = cpu::PYENGINE_ISA::sum(total);
-  }
 }
 
 // One unit's segment into its sums.

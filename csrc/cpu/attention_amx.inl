@@ -1,12 +1,10 @@
-// The two products of attention in AMX tiles, for bf16 and i8 caches; the frame is attention.inl.
+// The two products of attention in AMX tiles, for bf16 caches; the frame is attention.inl.
 //
 // Queries are rounded to bf16 after scaling. A tile of 16 keys times 32 channels is one load from a
 // bf16 block. Probabilities are rounded to bf16 too, and their sum is that of the rounded ones, so
 // that they weigh to one; a tile of values is 16 tokens of 16 channels. The order of a sum:
 //   q k   for each 32 channels (the last may be fewer), rising: one tdpbf16ps
 //   p v   for each block of 16 tokens, rising: one tdpbf16ps
-// An i8 cache is turned to bf16 a piece at a time, which is exact; the scales of the keys multiply
-// the scores, those of the values the probabilities before they are rounded.
 //
 // A tile multiplies everything it holds, and 0 times infinity is not 0: of a block that not all
 // rows of a group see whole, a copy is taken in which the tokens after the last row's are zero. If
@@ -57,7 +55,6 @@ PYENGINE_INLINE __m256i round_to_bf16(Vf a) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a));
 }
 
-template <bool kI8>
 class AmxAttention {
  public:
   AmxAttention(AttentionState& s, float* scratch)
@@ -75,19 +72,9 @@ class AmxAttention {
     query_ = reinterpret_cast<uint16_t*>(s.query);
     block_copy_ = reinterpret_cast<uint32_t*>(take(kTokenPairs * kQuad * 4));
     row_out_ = reinterpret_cast<float*>(take(kAmxRows * kQuad * 4));
-    if (kI8) {
-      wide_ = take(widened_bytes(s.job) * kAmxBlocks);
-      scales_ = reinterpret_cast<float*>(take(int64_t{s.item.num_heads} * ops::kKeySegment * 4));
-    }
   }
 
-  static int64_t scratch_floats(const AttentionJob& j, int num_heads) {
-    int64_t bytes = (kTokenPairs + kAmxRows) * kQuad * 4;
-    if (kI8) {
-      bytes += widened_bytes(j) * kAmxBlocks + int64_t{num_heads} * ops::kKeySegment * 4;
-    }
-    return bytes / 4 + 4 * 16;
-  }
+  static constexpr int64_t scratch_floats() { return (kTokenPairs + kAmxRows) * kQuad; }
 
   void run() {
     round_queries();
@@ -106,7 +93,7 @@ class AmxAttention {
             if (!one_config) _tile_loadconfig(&values);
           },
           [this](int head, int, const AmxPiece& piece, const AmxPiece& ahead) {
-            softmax(head, piece);
+            softmax(head);
             add_values(head, piece, fetch_order(piece, ahead));
           });
       if (!one_config) _tile_loadconfig(&scores);
@@ -117,11 +104,6 @@ class AmxAttention {
  private:
   static constexpr int64_t kQuad = 64;      // channels of the four tiles of sums
   static constexpr int kFetchDistance = 4;  // blocks: 8 KB of 64 channels in bf16
-
-  static int64_t widened_bytes(const AttentionJob& j) {  // of one head in a block
-    const int64_t keys = (j.kv.head_dim + 1) / 2 * 64, values = j.kv.head_dim_v * 32;
-    return keys > values ? keys : values;
-  }
 
   // Scaled, rounded, and padded with zeros to whole tiles.
   void round_queries() {
@@ -156,19 +138,14 @@ class AmxAttention {
   // ---- q k ----
 
   void score(int head, const AmxPiece& piece, const AmxPiece& ahead) {
-    AmxPiece keys = piece;
-    const int blocks = blocks_of_group(s_.rows - group_rows_);
-    if (kI8) {
-      widen_keys(head, blocks, piece, ahead, keys);
-    }
     for (int row0 = 0; row0 < s_.rows; row0 += group_rows_) {
       const int unit = head * s_.rows + row0, group_blocks = blocks_of_group(row0);
       const char* query = reinterpret_cast<const char*>(query_ + unit * query_stride_);
       float* scores = s_.scores + int64_t{unit} * ops::kKeySegment;
-      const bool fetch = !kI8 && row0 == 0;
+      const bool fetch = row0 == 0;
       for (int b = 0; b < group_blocks; b += 4) {
         const int count = group_blocks - b < 4 ? group_blocks - b : 4;
-        score_blocks(query, keys.block + b, fetch ? ahead.block + b : nullptr, count,
+        score_blocks(query, piece.block + b, fetch ? ahead.block + b : nullptr, count,
                      scores + b * 16);
       }
     }
@@ -238,8 +215,7 @@ class AmxAttention {
 
   // Scores of one head to probabilities in bf16, at the beginning of the row that held the scores;
   // zero from a row's last key to the end of what its group sees.
-  void softmax(int head, const AmxPiece& values) {
-    const float* key_scale = kI8 ? scales_ + head * ops::kKeySegment : nullptr;
+  void softmax(int head) {
     for (int row = 0; row < s_.rows; ++row) {
       const int keys = s_.keys[row], unit = head * s_.rows + row;
       fetch_next_query(s_, unit);
@@ -247,17 +223,10 @@ class AmxAttention {
       auto* p = reinterpret_cast<uint16_t*>(s);
       const int whole = keys / 16 * 16;
       const Vf minus_infinity = set1(-__builtin_inff());
-      auto scaled = [&](int i) __attribute__((always_inline)) {
-        return kI8 ? mul(load(s + i), load(key_scale + i)) : load(s + i);
-      };
       Vf best = minus_infinity;
-      for (int i = 0; i < whole; i += 16) {
-        const Vf score = scaled(i);
-        if (kI8) store(s + i, score);
-        best = max(best, score);
-      }
+      for (int i = 0; i < whole; i += 16) best = max(best, load(s + i));
       if (whole < keys) {
-        const Vf score = keep_first(scaled(whole), keys - whole, minus_infinity);
+        const Vf score = keep_first(load(s + whole), keys - whole, minus_infinity);
         store(s + whole, score);
         best = max(best, score);
       }
@@ -265,15 +234,9 @@ class AmxAttention {
       Vf total = zero();
       int i = 0;
       for (; i < keys; i += 16) {
-        Vf e = exp2_rough(sub(load(s + i), set1(highest)));
-        if (kI8) {  // the scale may be anything where no token was written
-          total = add(total, e);
-          const Vf scale = load(reinterpret_cast<const float*>(values.block[i / 16]));
-          e = keep_first(mul(e, scale), keys - i, zero());
-        }
-        const __m256i rounded = round_to_bf16(e);
+        const __m256i rounded = round_to_bf16(exp2_rough(sub(load(s + i), set1(highest))));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i), rounded);
-        if (!kI8) total = add(total, widen(rounded));
+        total = add(total, widen(rounded));
       }
       const int group_keys = blocks_of_group(row / group_rows_ * group_rows_) * 16;
       for (; i < group_keys; i += 16) {
@@ -287,21 +250,19 @@ class AmxAttention {
   // ---- p v ----
 
   void add_values(int head, const AmxPiece& piece, const AmxPiece& ahead) {
-    AmxPiece values = piece;
-    if (kI8) widen_values(blocks_of_group(s_.rows - group_rows_), piece, ahead, values);
     const int64_t channels = s_.job.kv.head_dim_v;
     for (int row0 = 0; row0 < s_.rows; row0 += group_rows_) {
       const int most = s_.keys[row0 + group_rows_ - 1];
       if (most == 0) continue;
       const int64_t unit = head * s_.rows + row0;
       float* out = s_.part_out + unit * channels;
-      const AmxPiece* fetch = !kI8 && row0 == 0 ? &ahead : nullptr;
+      const AmxPiece* fetch = row0 == 0 ? &ahead : nullptr;
       for (int64_t d = 0; d < channels; d += kQuad) {
         const int tiles = static_cast<int>(smaller(kQuad, channels - d) / 16);
-        const bool finite = add_quad(row0, unit, values, fetch, most, d, tiles, out + d, channels);
+        const bool finite = add_quad(row0, unit, piece, fetch, most, d, tiles, out + d, channels);
         if (finite || group_rows_ == 1) continue;
         for (int r = 0; r < group_rows_; ++r) {
-          add_quad(row0, unit, values, nullptr, s_.keys[row0 + r], d, tiles, row_out_, kQuad);
+          add_quad(row0, unit, piece, nullptr, s_.keys[row0 + r], d, tiles, row_out_, kQuad);
           __builtin_memcpy(out + r * channels + d, row_out_ + r * kQuad,
                            static_cast<size_t>(tiles) * 64);
         }
@@ -374,92 +335,36 @@ class AmxAttention {
     return special == 0;
   }
 
-  // ---- i8 to bf16 ----
-
-  // Keys of the first blocks to the layout of bf16 keys, their scales to scales_.
-  void widen_keys(int head, int blocks, const AmxPiece& piece, const AmxPiece& ahead,
-                  AmxPiece& out) {
-    const int64_t head_dim = s_.job.kv.head_dim;
-    for (int b = 0; b < blocks; ++b) {
-      const char* from = piece.block[b];
-      store(scales_ + head * ops::kKeySegment + b * 16, load(reinterpret_cast<const float*>(from)));
-      const auto* keys = reinterpret_cast<const int8_t*>(from) + ReadI8::kScales;
-      char* to = wide_ + b * pairs_ * 64;
-      out.block[b] = to;
-      for (int64_t i = 0; i < pairs_; ++i) {
-        const Vf even = load_i8(keys + i * 32);
-        const Vf odd = 2 * i + 1 < head_dim ? load_i8(keys + i * 32 + 16) : zero();
-        store(reinterpret_cast<float*>(to + i * 64), merge_halves(even, odd));
-        if (i % 2 == 0) __builtin_prefetch(ahead.block[b] + i * 32, 0, 3);
-      }
-      __builtin_prefetch(ahead.block[b] + pairs_ * 32, 0, 3);
-    }
-  }
-
-  void widen_values(int blocks, const AmxPiece& piece, const AmxPiece& ahead, AmxPiece& out) {
-    const int64_t channels = s_.job.kv.head_dim_v;
-    for (int b = 0; b < blocks; ++b) {
-      const auto* values = reinterpret_cast<const int8_t*>(piece.block[b]) + ReadI8::kScales;
-      char* to = wide_ + b * kTokenPairs * channels * 4;
-      out.block[b] = to;
-      for (int i = 0; i < kTokenPairs; ++i) {
-        const int8_t* even = values + 2 * i * channels;
-        for (int64_t d = 0; d < channels; d += 16) {
-          const Vf word = merge_halves(load_i8(even + d), load_i8(even + channels + d));
-          store(reinterpret_cast<float*>(to + (i * channels + d) * 4), word);
-        }
-        for (int64_t line = 0; line < 2 * channels; line += 64) {
-          __builtin_prefetch(ahead.block[b] + i * 2 * channels + line, 0, 3);
-        }
-      }
-    }
-  }
-
   AttentionState& s_;
   int group_rows_;
-  int64_t pairs_;            // of channels
-  int tail_pairs_;           // that do not fill a tile
-  int64_t query_stride_;     // bf16 elements
-  uint16_t* query_;          // [unit][query_stride_]
-  uint32_t* block_copy_;     // [8][kQuad]
-  float* row_out_;           // [16][kQuad]
-  char* wide_ = nullptr;     // i8: a segment of one head in bf16
-  float* scales_ = nullptr;  // i8: [head][kKeySegment] of keys
+  int64_t pairs_;         // of channels
+  int tail_pairs_;        // that do not fill a tile
+  int64_t query_stride_;  // bf16 elements
+  uint16_t* query_;       // [unit][query_stride_]
+  uint32_t* block_copy_;  // [8][kQuad]
+  float* row_out_;        // [16][kQuad]
 };
 
 static int amx_rows(int num_rows) {
   return num_rows <= kAmxRows ? num_rows : padded_rows(num_rows, kAmxRows);
 }
 
-template <bool kI8>
 static int64_t amx_attention_floats(const AttentionJob& j, int num_rows, int num_heads) {
   const int units = amx_rows(num_rows) * num_heads;
-  return round_to_16(state_floats(j, units)) + AmxAttention<kI8>::scratch_floats(j, num_heads);
+  return round_to_16(state_floats(j, units)) + AmxAttention::scratch_floats();
 }
 
-template <bool kI8>
 static void run_amx_attention(const AttentionJob& j, const AttentionItem& item, float* scratch) {
   AttentionState s{j, item};
   start(s, amx_rows(item.num_rows), scratch);
-  AmxAttention<kI8>(s, scratch + round_to_16(state_floats(j, s.units))).run();
+  AmxAttention(s, scratch + round_to_16(state_floats(j, s.units))).run();
 }
 
-template <bool kI8>
-constexpr AttentionKernels amx_attention_kernels() {
-  return {kAmxMaxRows, kAmxShared,     amx_attention_floats<kI8>, run_amx_attention<kI8>,
-          part_floats, merge_attention};
-}
+constexpr AttentionKernels kAttentionBf16Amx = {
+    kAmxMaxRows, kAmxShared, amx_attention_floats, run_amx_attention, part_floats, merge_attention};
 
 }  // namespace
 
-const AttentionKernels& attention_bf16() {
-  static constexpr AttentionKernels table = amx_attention_kernels<false>();
-  return table;
-}
-
-const AttentionKernels& attention_i8() {
-  static constexpr AttentionKernels table = amx_attention_kernels<true>();
-  return table;
-}
+const AttentionKernels& attention_bf16() { return kAttentionBf16Amx; }
 
 }  // namespace pyengine::cpu::PYENGINE_ISA

@@ -1,5 +1,4 @@
-// The two products of attention in FMAs, for each dtype of the cache, and the writing of an i8
-// cache.
+// The two products of attention in FMAs, for f32 and bf16 caches.
 
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
@@ -7,13 +6,46 @@ namespace {
 constexpr int kFmaBlocks = 4;  // blocks of a piece: 64 keys, 16 KB of f32 keys of 64 channels
 using FmaPiece = Piece<kFmaBlocks>;
 
+static void scale_queries(AttentionState& s) {
+  const AttentionJob& j = s.job;
+  const Vf scale = set1(j.scale);
+  for (int u = 0; u < s.units; ++u) {
+    const float* q = query_of(s, u);
+    float* to = s.query + u * s.query_stride;
+    for (int64_t d = 0; d < s.query_stride; d += kLanes) {
+      const int64_t left = j.kv.head_dim - d;
+      store(to + d, left > 0 ? mul(load_upto(q + d, left), scale) : zero());
+    }
+  }
+}
+
+// Scores to probabilities. Lanes after a row's last key hold -infinity, vectors after it anything.
+static void softmax(AttentionState& s) {
+  for (int u = 0; u < s.units; ++u) {
+    const int keys = s.keys[u % s.rows];
+    if (keys == 0) continue;
+    fetch_next_query(s, u);
+    float* p = s.scores + int64_t{u} * ops::kKeySegment;
+    Vf best = load(p);
+    for (int i = kLanes; i < keys; i += kLanes) best = max(best, load(p + i));
+    const float highest = max_of(best);
+    Vf total = zero();
+    for (int i = 0; i < keys; i += kLanes) {
+      const Vf e = exp2_nonpositive(sub(load(p + i), set1(highest)));
+      store(p + i, e);
+      total = add(total, e);
+    }
+    s.part_max[u] = highest;
+    s.part_sum[u] = cpu::PYENGINE_ISA::sum(total);
+  }
+}
+
 // How each dtype is read. A step of keys is a channel, or a pair of them; a step of values is a
 // token, or a pair. fma_steps adds step `i` of vectors v to the accumulators of `kRows` rows, which
 // multiply it by x[r * stride + i * kPerStep].
 struct ReadF32 {
   static constexpr int kPerStep = 1;
   static constexpr int kBytes = 4;  // of one lane of a step
-  static constexpr int64_t kScales = 0;
   using Word = Vf;
   PYENGINE_INLINE Word read(const char* p) { return load(reinterpret_cast<const float*>(p)); }
   template <int kPart>
@@ -25,7 +57,6 @@ struct ReadF32 {
 struct ReadBf16 {
   static constexpr int kPerStep = 2;
   static constexpr int kBytes = 4;
-  static constexpr int64_t kScales = 0;
   using Word = Vi;
   PYENGINE_INLINE Word read(const char* p) {
     return load_halves(reinterpret_cast<const uint16_t*>(p));
@@ -33,18 +64,6 @@ struct ReadBf16 {
   template <int kPart>
   PYENGINE_INLINE Vf part(Word w) {
     return kPart == 0 ? low_half(w) : high_half(w);
-  }
-};
-
-struct ReadI8 {
-  static constexpr int kPerStep = 1;
-  static constexpr int kBytes = 1;
-  static constexpr int64_t kScales = 64;  // bytes of scales before the first step
-  using Word = Vf;
-  PYENGINE_INLINE Word read(const char* p) { return load_i8(reinterpret_cast<const int8_t*>(p)); }
-  template <int kPart>
-  PYENGINE_INLINE Vf part(Word w) {
-    return w;
   }
 };
 
@@ -56,7 +75,7 @@ PYENGINE_INLINE void multiply_step(Vf (&acc)[kRows][kVectors], const float* x, i
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     word[v] = Read::read(p[v] + offset);
-    // One line holds 16 / kLanes vectors, and of i8 four times as many.
+    // One line holds 16 / kLanes vectors.
     if (kAhead) __builtin_prefetch(ahead[v] + offset, 0, 3);
   }
 #pragma GCC unroll 8
@@ -87,7 +106,7 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const int at = key + v * kLanes;
-    p[v] = piece.block[at / 16] + Read::kScales + at % 16 * Read::kBytes;
+    p[v] = piece.block[at / 16] + at % 16 * Read::kBytes;
     next[v] = ahead.block[at / 16] + at % 16 * Read::kBytes;
   }
 #pragma GCC unroll 8
@@ -106,11 +125,8 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int at = key + v * kLanes;
-      Vf score = acc[r][v];
-      if constexpr (Read::kScales != 0) {
-        score = mul(score, load(reinterpret_cast<const float*>(piece.block[at / 16]) + at % 16));
-      }
-      store(scores + r * ops::kKeySegment + at, keep_first(score, keys[r] - at, minus_infinity));
+      store(scores + r * ops::kKeySegment + at,
+            keep_first(acc[r][v], keys[r] - at, minus_infinity));
     }
   }
 }
@@ -138,7 +154,7 @@ static void add_vectors(const AttentionState& s, const FmaPiece& piece, const Fm
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t offset = (d + v * kLanes) * Read::kBytes;
-      at[v] = piece.block[step0 / kSteps] + Read::kScales + offset;
+      at[v] = piece.block[step0 / kSteps] + offset;
       next[v] = ahead.block[step0 / kSteps] + offset;
     }
     const int count = whole - step0 < kSteps ? whole - step0 : kSteps;
@@ -151,7 +167,7 @@ static void add_vectors(const AttentionState& s, const FmaPiece& piece, const Fm
   int most = 0;
   for (int r = 0; r < kRows; ++r) most = keys[r] > most ? keys[r] : most;
   for (int key = whole * Read::kPerStep; key < most; ++key) {
-    const char* at = piece.block[key / 16] + Read::kScales + key % 16 / Read::kPerStep * step_bytes;
+    const char* at = piece.block[key / 16] + key % 16 / Read::kPerStep * step_bytes;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const auto word = Read::read(at + (d + v * kLanes) * Read::kBytes);
@@ -238,9 +254,8 @@ class FmaAttention {
       int common = kTokens;
       for (int r = 0; r < kRows; ++r) common = keys[r] < common ? keys[r] : common;
       const int64_t unit = head * s_.rows + row0, padded = s_.job.kv.head_dim_v;
-      float* p = s_.scores + unit * ops::kKeySegment + first;
+      const float* p = s_.scores + unit * ops::kKeySegment + first;
       float* out = s_.part_out + unit * padded;
-      if constexpr (Read::kScales != 0) scale_probabilities(piece, most, p);
       int64_t d = 0;
       for (; padded - d >= kValueVectors * kLanes; d += kValueVectors * kLanes) {
         if (fetch) {
@@ -255,17 +270,6 @@ class FmaAttention {
         add_vectors<Read, kRows, 1, false>(s_, piece, ahead, d, p, keys, common, first == 0, out);
       }
       fetch = false;
-    }
-  }
-
-  // p times the scales of the values, so that the chain runs over integers.
-  static void scale_probabilities(const FmaPiece& piece, int most, float* p) {
-    for (int key = 0; key < most; key += kLanes) {
-      const Vf scale = load(reinterpret_cast<const float*>(piece.block[key / 16]) + key % 16);
-      for (int r = 0; r < kRows; ++r) {
-        float* at = p + r * ops::kKeySegment + key;
-        store(at, mul(load(at), scale));
-      }
     }
   }
 
@@ -300,7 +304,6 @@ constexpr AttentionKernels fma_attention_kernels() {
 
 constexpr AttentionKernels kAttentionF32 = fma_attention_kernels<ReadF32>();
 constexpr AttentionKernels kAttentionBf16 = fma_attention_kernels<ReadBf16>();
-constexpr AttentionKernels kAttentionI8 = fma_attention_kernels<ReadI8>();
 
 }  // namespace
 }  // namespace pyengine::cpu::PYENGINE_ISA

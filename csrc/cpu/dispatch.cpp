@@ -15,7 +15,7 @@ struct Choice {
 
 #if defined(__x86_64__)
 
-// AVX-VNNI, AVX-512 VNNI and AVX-512 BF16 are features of their own: each replaces the dense
+// AVX-VNNI, AVX-512 VNNI and AVX-512 BF16 are features of their own: each replaces the
 // kernels of the types that it computes with.
 const Kernels& avx_vnni_kernels() {
   static const Kernels kernels = [] {
@@ -23,6 +23,7 @@ const Kernels& avx_vnni_kernels() {
     k.isa = "avx_vnni";
     k.dense_int8 = avx_vnni::dense_int8();
     k.dense_int4 = avx_vnni::dense_int4();
+    k.attention_i8 = avx_vnni::attention_i8();
     return k;
   }();
   return kernels;
@@ -34,6 +35,7 @@ const Kernels& avx512_vnni_kernels() {
     k.isa = "avx512_vnni";
     k.dense_int8 = avx512_vnni::dense_int8();
     k.dense_int4 = avx512_vnni::dense_int4();
+    k.attention_i8 = avx512_vnni::attention_i8();
     return k;
   }();
   return kernels;

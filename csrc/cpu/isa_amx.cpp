@@ -13,6 +13,7 @@
 #include "cpu/dense_bf16.inl"
 #include "cpu/dense_bf16_amx.inl"
 #include "cpu/attention.inl"
-#include "cpu/attention_fma.inl"
 #include "cpu/attention_amx.inl"
+#include "cpu/attention_i8.inl"
+#include "cpu/attention_i8_amx.inl"
 // clang-format on

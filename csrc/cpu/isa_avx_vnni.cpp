@@ -1,4 +1,4 @@
-// The quantised dense kernels with vpdpbusd (AVX-VNNI); everything else of "avx_vnni" is that of
+// The kernels of integers with vpdpbusd (AVX-VNNI); everything else of "avx_vnni" is that of
 // "avx2".
 #define PYENGINE_ISA avx_vnni
 
@@ -10,11 +10,14 @@
 // clang-format off
 #include "cpu/dense.inl"
 #include "cpu/dense_quant.inl"
+#include "cpu/attention.inl"
+#include "cpu/attention_i8.inl"
 // clang-format on
 
 namespace pyengine::cpu::avx_vnni {
 
 const DenseKernels& dense_int8() { return kDenseInt8; }
 const DenseKernels& dense_int4() { return kDenseInt4; }
+const AttentionKernels& attention_i8() { return kAttentionI8; }
 
 }  // namespace pyengine::cpu::avx_vnni

@@ -14,6 +14,7 @@
 #include "cpu/dense_quant.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
+#include "cpu/attention_i8.inl"
 #include "cpu/quantize_kv.inl"
 #include "cpu/elementwise.inl"
 #include "cpu/quantize.inl"

@@ -16,6 +16,7 @@ const Kernels& kernels();
 namespace avx_vnni {
 const DenseKernels& dense_int8();
 const DenseKernels& dense_int4();
+const AttentionKernels& attention_i8();
 }  // namespace avx_vnni
 namespace avx512 {
 const Kernels& kernels();
@@ -23,6 +24,7 @@ const Kernels& kernels();
 namespace avx512_vnni {
 const DenseKernels& dense_int8();
 const DenseKernels& dense_int4();
+const AttentionKernels& attention_i8();
 }  // namespace avx512_vnni
 namespace avx512_bf16 {
 const DenseKernels& dense_bf16();

@@ -5,9 +5,10 @@ namespace {
 
 constexpr int64_t kScaleBytes = 64;  // 16 f32 before the integers of a head
 
-// n elements to bytes `stride` apart, their scale to *scale: max |x| / 127, NaN if one is not a
-// number or infinite.
-static void quantize_head(const float* x, int64_t n, int8_t* out, int64_t stride, float* scale) {
+// 128 + integer of n channels to `put`, kLanes at a time; their scale to *scale: max |x| / 127, NaN
+// if one is not a number or infinite.
+template <class Put>
+PYENGINE_INLINE void quantize_head(const float* x, int64_t n, float* scale, Put put) {
   Vf largest = zero(), nan = zero();
   for (int64_t i = 0; i < n; i += kLanes) {
     const Vf v = load_upto(x + i, n - i);
@@ -17,29 +18,38 @@ static void quantize_head(const float* x, int64_t n, int8_t* out, int64_t stride
   const float peak = max_of(largest);
   const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
   *scale = peak * (1.0f / 127.0f) + cpu::PYENGINE_ISA::sum(nan);
-  const Vf shift = set1(12582912.0f);  // 1.5 * 2^23: the low byte of the sum is the integer
+  const Vf shift = set1(12582912.0f + 128.0f);  // 1.5 * 2^23: the sum's low byte is 128 + integer
   for (int64_t i = 0; i < n; i += kLanes) {
-    float rounded[kLanes];
-    store(rounded, add(mul(load_upto(x + i, n - i), set1(inverse)), shift));
-    const int64_t lanes = smaller(n - i, kLanes);
-    for (int64_t l = 0; l < lanes; ++l) {
-      __builtin_memcpy(out + (i + l) * stride, rounded + l, 1);  // little-endian
-    }
+    put(i, as_int(add(mul(load_upto(x + i, n - i), set1(inverse)), shift)));
   }
+}
+
+static void quantize_key(const float* x, int64_t n, int64_t slot, char* key) {
+  uint8_t bytes[kMaxHeadDim + kLanes];
+  quantize_head(x, n, reinterpret_cast<float*>(key) + slot,
+                [&](int64_t i, Vi v)
+                    __attribute__((always_inline)) { store_low_bytes(bytes + i, v); });
+  char* to = key + kScaleBytes + slot * 4;
+  for (int64_t d = 0; d < n; d += 4) __builtin_memcpy(to + d * 16, bytes + d, 4);
+}
+
+static void quantize_value(const float* x, int64_t n, int64_t head_dim_v, int64_t slot,
+                           char* value) {
+  auto* to = reinterpret_cast<uint8_t*>(value) + kScaleBytes + slot / 4 * head_dim_v * 4;
+  quantize_head(x, n, reinterpret_cast<float*>(value) + slot,
+                [&](int64_t i, Vi v) __attribute__((always_inline)) {
+                  store_byte(to + i * 4, v, static_cast<int>(smaller(n - i, kLanes)),
+                             static_cast<int>(slot % 4));
+                });
 }
 
 static void quantize_kv(const KVMemory& kv, int64_t slot, const float* keys, const float* values) {
   char* block = kv.data + slot / 16 * kv.block_bytes;
   slot %= 16;
   for (int64_t head = 0; head < kv.n_head; ++head) {
-    char* key = block + head * kv.key_bytes;
-    char* value = block + kv.values_at + head * kv.value_bytes;
-    quantize_head(keys + head * kv.head_dim, kv.head_dim,
-                  reinterpret_cast<int8_t*>(key) + kScaleBytes + slot, 16,
-                  reinterpret_cast<float*>(key) + slot);
-    quantize_head(values + head * kv.head_dim, kv.head_dim,
-                  reinterpret_cast<int8_t*>(value) + kScaleBytes + slot * kv.head_dim_v, 1,
-                  reinterpret_cast<float*>(value) + slot);
+    quantize_key(keys + head * kv.head_dim, kv.head_dim, slot, block + head * kv.key_bytes);
+    quantize_value(values + head * kv.head_dim, kv.head_dim, kv.head_dim_v, slot,
+                   block + kv.values_at + head * kv.value_bytes);
   }
 }
 

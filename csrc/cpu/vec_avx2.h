@@ -106,9 +106,10 @@ PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
   store_bf16(copy, a);
   for (int i = 0; i < n; ++i) words[2 * i + half] = copy[i];
 }
-PYENGINE_INLINE Vf load_i8(const int8_t* p) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+PYENGINE_INLINE void store_byte(uint8_t* words, Vi a, int n, int byte) {
+  uint8_t copy[kLanes * 4];
+  _mm256_storeu_si256(reinterpret_cast<Vi*>(copy), a);
+  for (int i = 0; i < n; ++i) words[4 * i + byte] = copy[4 * i];
 }
 PYENGINE_INLINE Vf load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -100,9 +100,10 @@ PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
   const uint64_t wanted = (uint64_t{1} << 2 * n) - 1;
   _mm512_mask_storeu_epi16(words, static_cast<__mmask32>(wanted & (0x55555555u << half)), bits);
 }
-PYENGINE_INLINE Vf load_i8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+PYENGINE_INLINE void store_byte(uint8_t* words, Vi a, int n, int byte) {
+  const uint64_t wanted = n >= kLanes ? ~uint64_t{0} : (uint64_t{1} << 4 * n) - 1;
+  _mm512_mask_storeu_epi8(words, wanted & (0x1111111111111111u << byte),
+                          _mm512_sll_epi32(a, _mm_cvtsi32_si128(8 * byte)));
 }
 PYENGINE_INLINE Vf load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -11,7 +11,7 @@
 //   low_half, high_half, load_bf16, store_bf16
 //                     bf16 in the halves of a word, or packed (stored rounded to nearest even)
 //   store_half        bf16 of the first n lanes to the low (0) or the high (1) halves of n words
-//   load_i8           kLanes bytes
+//   store_byte        the low bytes of the first n lanes (n <= kLanes) to byte 0..3 of n words
 //   merge_halves      words of two bf16 from their values; the low half first
 //   sum, max_of       over lanes, in a fixed order
 //   transpose         kLanes x kLanes words in place
@@ -152,11 +152,8 @@ PYENGINE_INLINE void store_half(uint16_t* words, Vf a, int n, int half) {
   Halves halves = narrow(a);
   for (int i = 0; i < n; ++i) words[2 * i + half] = halves[i];
 }
-PYENGINE_INLINE Vf load_i8(const int8_t* p) {
-  using Bytes = int8_t __attribute__((vector_size(4)));
-  Bytes a;
-  __builtin_memcpy(&a, p, sizeof a);
-  return __builtin_convertvector(a, Vf);
+PYENGINE_INLINE void store_byte(uint8_t* words, Vi a, int n, int byte) {
+  for (int i = 0; i < n; ++i) words[4 * i + byte] = static_cast<uint8_t>(a[i]);
 }
 
 // f16 without hardware: the exponent is moved by a multiplication, which also makes and takes

@@ -10,6 +10,10 @@
 //   dot(acc, w, x)    acc += w[0] x[0] + … + w[3] x[3] in each lane, exact on every instruction set:
 //                     vpdpbusd where there is one, else 16-bit products of the even and odd bytes
 //                     (vpmaddubsw would saturate)
+//   WideInputs        four signed 16-bit inputs for every lane, from two words that lie `half` words apart
+//   store_wide        kLanes inputs, from the i-th on, to such words; |input| <= 32512
+//   wide_dot, wide_total
+//                     as `dot`, of 16-bit inputs: exact, modulo 2^32
 //   Group             the (multiplier, zero point) of a group of int4 weights, for each lane
 //   unpack            8 nibbles of each lane -> two words of 4 unsigned bytes, 128 + m (nibble - z)
 // clang-format on
@@ -163,6 +167,33 @@ PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
 }
 #endif
 
+// Inputs as 256 high + low, bytes both.
+struct WideInputs {
+  Vi high, low;
+};
+struct WideSum {
+  Vi high = set1(0), low = set1(0);
+};
+PYENGINE_INLINE WideInputs wide_inputs(const int32_t* words, int64_t half) {
+  return {set1(words[0]), set1(words[half])};
+}
+PYENGINE_INLINE void dot_bytes(Vi& acc, Vi w, Vi x) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+#else
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+#endif
+}
+PYENGINE_INLINE void wide_dot(WideSum& acc, Bytes w, const WideInputs& x) {
+  dot_bytes(acc.high, w, x.high);
+  dot_bytes(acc.low, w, x.low);
+}
+PYENGINE_INLINE Vi wide_total(const WideSum& a) { return add(shift_left<8>(a.high), a.low); }
+PYENGINE_INLINE void store_wide(int32_t* words, int64_t half, int64_t i, Vi inputs) {
+  store_low_bytes(reinterpret_cast<char*>(words) + i, shift_right<8>(add(inputs, set1(128))));
+  store_low_bytes(reinterpret_cast<char*>(words + half) + i, inputs);
+}
+
 #else
 
 struct Inputs {
@@ -180,6 +211,28 @@ PYENGINE_INLINE Bytes bytes(Vi words) {
 }
 PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
   acc = add(acc, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+}
+
+struct WideInputs {
+  Vi even, odd;
+};
+struct WideSum {
+  Vi sum = set1(0);
+};
+PYENGINE_INLINE WideInputs wide_inputs(const int32_t* words, int64_t half) {
+  return {set1(words[0]), set1(words[half])};
+}
+PYENGINE_INLINE void wide_dot(WideSum& acc, const Bytes& w, const WideInputs& x) {
+  acc.sum = add(acc.sum, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+}
+PYENGINE_INLINE Vi wide_total(const WideSum& a) { return a.sum; }
+PYENGINE_INLINE void store_wide(int32_t* words, int64_t half, int64_t i, Vi inputs) {
+  uint32_t q[kLanes];
+  store_words(q, inputs);
+  for (int k = 0; k < kLanes; k += 4) {
+    words[(i + k) / 4] = static_cast<int32_t>((q[k] & 0xffff) | q[k + 2] << 16);
+    words[half + (i + k) / 4] = static_cast<int32_t>((q[k + 1] & 0xffff) | q[k + 3] << 16);
+  }
 }
 
 #endif

@@ -209,7 +209,7 @@ TEST(cache_layers_lie_apart) {
   CHECK_EQ(layout.block_bytes(), size_t{2 * 3 * 16 * (6 + 16)});
   CHECK_EQ(cache.block_bytes(), size_t{2 * 2 * 3 * 16 * (6 + 16)});
   const pyengine::KVLayout bytes{pyengine::DType::i8, 3, 5};  // a float scale per token and head
-  CHECK_EQ(bytes.block_bytes(), size_t{3 * 16 * ((4 + 5) + (4 + 16))});
+  CHECK_EQ(bytes.block_bytes(), size_t{3 * 16 * ((4 + 8) + (4 + 16))});
   const pyengine::KVLayout floats{pyengine::DType::f32, 3, 5};
   CHECK_EQ(floats.block_bytes(), size_t{4 * 3 * 16 * (5 + 16)});
   auto* first = static_cast<std::byte*>(cache.layer(0).data);

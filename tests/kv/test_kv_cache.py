@@ -61,14 +61,17 @@ def test_bfloat16(isa: str) -> None:
 def test_int8(isa: str) -> None:
     """Integers and scales alike on every instruction set."""
     k, v, block, _ = written("int8", isa)
-    key_bytes, value_bytes = 64 + HEAD_DIM * 16, 64 + 16 * PADDED
+    fours = (HEAD_DIM + 3) // 4
+    key_bytes, value_bytes = 64 + fours * 64, 64 + 16 * PADDED
     keys = block[: N_HEAD * key_bytes].reshape(N_HEAD, key_bytes)
     values = block[N_HEAD * key_bytes :].reshape(N_HEAD, value_bytes)
     for head in range(N_HEAD):
-        for x, data, shape in ((k, keys[head], (HEAD_DIM, 16)), (v, values[head], (16, PADDED))):
+        for x, data, shape in ((k, keys[head], (fours, 16, 4)), (v, values[head], (4, PADDED, 4))):
             scales = data[:64].view(np.float32)
-            integers = data[64:].view(np.int8).reshape(shape)
-            by_token = (integers.T if x is k else integers)[:TOKENS, :HEAD_DIM]
+            integers = (data[64:] ^ 0x80).view(np.int8).reshape(shape)
+            by_token = integers.transpose((1, 0, 2) if x is k else (0, 2, 1)).reshape(16, -1)
+            assert (by_token[TOKENS:] == np.int8(0xAA - 128)).all()
+            by_token = by_token[:TOKENS, :HEAD_DIM]
             peak = np.abs(x[:, head]).max(-1)
             assert np.array_equal(scales[:TOKENS], peak * np.float32(1 / 127))
             inverse = np.float32(127) / peak
