@@ -262,14 +262,19 @@ class I8Attention {
     const int keys = s_.keys[row], whole = keys / kLanes * kLanes;
     float* s = s_.scores + int64_t{unit} * ops::kKeySegment;
     const Vf minus_infinity = set1(-__builtin_inff());
-    Vf best = minus_infinity;
-    for (int i = 0; i < whole; i += kLanes) best = max(best, load(s + i));
+    Vf best[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+    int i = 0;
+    for (; i + 4 * kLanes <= whole; i += 4 * kLanes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) best[v] = max(best[v], load(s + i + v * kLanes));
+    }
+    for (; i < whole; i += kLanes) best[0] = max(best[0], load(s + i));
     if (whole < keys) {
       const Vf last = keep_first(load(s + whole), keys - whole, minus_infinity);
       store(s + whole, last);
-      best = max(best, last);
+      best[0] = max(best[0], last);
     }
-    const float highest = max_of(best);
+    const float highest = max_of(max(max(best[0], best[1]), max(best[2], best[3])));
     int32_t* out = weights_.of(row);
     Vf total = zero();
     Vi count = set1(0);
@@ -282,8 +287,7 @@ class I8Attention {
       count = add(count, rounded);
       store_wide(out, kWeightHalf, i, rounded);
     };
-    int i = 0;
-    for (; i < whole; i += kLanes) weigh_lanes(i, value_scales(piece, i));
+    for (i = 0; i < whole; i += kLanes) weigh_lanes(i, value_scales(piece, i));
     if (i < keys) {
       weigh_lanes(i, keep_first(value_scales(piece, i), keys - i, zero()));
       i += kLanes;

@@ -29,11 +29,11 @@ class AmxI8Tiles {
   static constexpr int kMaxRows = 32;
   static bool take(int rows, int64_t head_dim) { return rows > kI8Rows && head_dim % 64 == 0; }
   static int64_t scratch_words(int64_t channels) {
-    return 16 + kSums + ops::kKeySegment / 4 * channels;
+    return 2 * kSums + ops::kKeySegment / 4 * channels;
   }
   PYENGINE_INLINE Vf exp2(Vf x) { return exp2_rough(x); }
 
-  explicit AmxI8Tiles(int32_t* scratch) : sums_(scratch), values_(scratch + kSums) {}
+  explicit AmxI8Tiles(int32_t* scratch) : sums_(scratch), values_(scratch + 2 * kSums) {}
 
   void begin(int rows) {
     const I8TileConfig config(rows);
@@ -41,16 +41,29 @@ class AmxI8Tiles {
   }
   void end() { _tile_release(); }
 
-  // Scores of a group's rows for the first blocks of a piece.
+  // Scores of a group's rows for the first blocks of a piece. The sums of two blocks are scaled
+  // while the next ones are multiplied: what a tile has just stored is not to be had at once.
   void score(const WideQueries& q, int unit, int rows, const I8Piece& piece, int blocks,
              float* scores) {
     const char* high = reinterpret_cast<const char*>(q.of(unit));
     const char* low = high + q.half * 4;
     const int64_t stride = q.stride * 4, chunks = q.half / 16;
+    auto scale = [&](int b) __attribute__((always_inline)) {
+      const int32_t* sums = sums_ + b / 2 % 2 * kSums;
+      const Vf first = load(reinterpret_cast<const float*>(piece.block[b]));
+      const Vf second = load(reinterpret_cast<const float*>(piece.block[b + 1]));
+      for (int r = 0; r < rows; ++r) {
+        const Vf of_query = q.scale(unit + r);
+        const Vi offset = q.offset(unit + r);
+        float* to = scores + r * ops::kKeySegment + b * 16;
+        store(to, I8Attention<AmxI8Tiles>::score_of(total(sums, r), offset, first, of_query));
+        store(to + 16, I8Attention<AmxI8Tiles>::score_of(total(sums + kSums / 2, r), offset, second,
+                                                         of_query));
+      }
+    };
     for (int b = 0; b < blocks; b += 2) {
-      const bool two = b + 1 < blocks;
       const char* first = piece.block[b] + kI8Scales;
-      const char* second = piece.block[b + 1] + kI8Scales;
+      const char* second = piece.block[b + 1] + kI8Scales;  // of a pair, there is always memory
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
@@ -61,21 +74,14 @@ class AmxI8Tiles {
         _tile_loadd(6, first + c * 1024, 64);
         _tile_dpbsud(0, 4, 6);
         _tile_dpbsud(1, 5, 6);
-        if (!two) continue;
         _tile_loadd(7, second + c * 1024, 64);
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(3, 5, 7);
       }
-      store_sums(two);
-      for (int i = 0; i <= static_cast<int>(two); ++i) {
-        const Vf key_scale = load(reinterpret_cast<const float*>(piece.block[b + i]));
-        for (int r = 0; r < rows; ++r) {
-          store(scores + r * ops::kKeySegment + (b + i) * 16,
-                I8Attention<AmxI8Tiles>::score_of(total(i, r), q.offset(unit + r), key_scale,
-                                                  q.scale(unit + r)));
-        }
-      }
+      if (b > 0) scale(b - 2);
+      store_sums(sums_ + b / 2 % 2 * kSums);
     }
+    scale((blocks - 1) / 2 * 2);
   }
 
   // The first blocks' values to [token / 4][channel][4] of the whole piece.
@@ -107,13 +113,13 @@ class AmxI8Tiles {
         _tile_dpbsud(2, 4, 7);
         _tile_dpbsud(3, 5, 7);
       }
-      store_sums(true);
+      store_sums(sums_);
       for (int r = 0; r < rows; ++r) {
         const Vi offset = set1(w.offset[row0 + r]);
         const Vf step = set1(w.step[row0 + r]);
         for (int i = 0; i < 2; ++i) {
-          store(out + r * channels + d + i * 16,
-                mul(to_float(cpu::PYENGINE_ISA::add(total(i, r), offset)), step));
+          const Vi sum = cpu::PYENGINE_ISA::add(total(sums_ + i * kSums / 2, r), offset);
+          store(out + r * channels + d + i * 16, mul(to_float(sum), step));
         }
       }
     }
@@ -122,19 +128,19 @@ class AmxI8Tiles {
  private:
   static constexpr int64_t kSums = 4 * 256;
 
-  void store_sums(bool two) {
-    _tile_stored(0, sums_, 64);
-    _tile_stored(1, sums_ + 256, 64);
-    if (!two) return;
-    _tile_stored(2, sums_ + 512, 64);
-    _tile_stored(3, sums_ + 768, 64);
+  static void store_sums(int32_t* sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
   }
-  Vi total(int tile, int row) const {
-    const int32_t* high = sums_ + tile * 512 + row * 16;
-    return cpu::PYENGINE_ISA::add(shift_left<8>(load_words(high)), load_words(high + 256));
+  // Of one B tile: high, then low.
+  static Vi total(const int32_t* sums, int row) {
+    return cpu::PYENGINE_ISA::add(shift_left<8>(load_words(sums + row * 16)),
+                                  load_words(sums + 256 + row * 16));
   }
 
-  int32_t* sums_;    // [2][high, low][16][16]
+  int32_t* sums_;    // 2 x [2][high, low][16][16]
   int32_t* values_;  // [64][channels]: words of four tokens
 };
 

@@ -25,17 +25,6 @@ static_assert(kTile % kLanes == 0, "a vector lies within a tile");
 static_assert(kItemColumns % kPanel == 0 && kItemColumns % kTile == 0, "see kItemColumns");
 static_assert(kMaxItemColumns % kItemColumns == 0, "an item is whole panels");
 
-PYENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-PYENGINE_INLINE Vf load_upto(const float* p, int64_t n) {
-  return n >= kLanes ? load(p) : load(p, static_cast<int>(n));
-}
-PYENGINE_INLINE void store_upto(float* p, Vf a, int64_t n) {
-  if (n >= kLanes) {
-    store(p, a);
-  } else {
-    store(p, a, static_cast<int>(n));
-  }
-}
 PYENGINE_INLINE void store_bf16_upto(uint16_t* p, Vf a, int64_t n) {
   if (n >= kLanes) {
     store_bf16(p, a);
@@ -93,7 +82,10 @@ static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, 
       count = smaller(n, kv.head_dim - d0);
       char* key = block + head * kv.key_bytes;
       char* value = block + kv.values_at + head * kv.value_bytes;
-      if (part == 1 && kv.dtype == DType::bf16) {
+      if (kv.dtype == DType::i8) {  // items are whole heads
+        part == 1 ? quantize_key(y, count, slot, key)
+                  : quantize_value(y, count, kv.head_dim_v, slot, value);
+      } else if (part == 1 && kv.dtype == DType::bf16) {
         scatter_key_bf16(y, d0, count, kv.head_dim, reinterpret_cast<uint16_t*>(key) + slot * 2);
       } else if (part == 1) {
         float* to = reinterpret_cast<float*>(key) + d0 * 16 + slot;

@@ -7,6 +7,7 @@
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
+#include "cpu/quantize_kv.inl"
 #include "cpu/dense.inl"
 #include "cpu/dense_quant.inl"
 #include "cpu/dense_quant_amx.inl"

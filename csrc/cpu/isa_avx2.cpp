@@ -8,6 +8,7 @@
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
+#include "cpu/quantize_kv.inl"
 #include "cpu/dense.inl"
 #include "cpu/dense_f32.inl"
 #include "cpu/dense_bf16.inl"
@@ -15,7 +16,6 @@
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
 #include "cpu/attention_i8.inl"
-#include "cpu/quantize_kv.inl"
 #include "cpu/elementwise.inl"
 #include "cpu/quantize.inl"
 #include "cpu/table.inl"

@@ -4,9 +4,11 @@
 
 #include "cpu/isa_tables.h"
 #include "cpu/vec_avx512.h"
+#include "cpu/vec_int8.h"
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
+#include "cpu/quantize_kv.inl"
 #include "cpu/dense.inl"
 #include "cpu/dense_bf16.inl"
 // clang-format on

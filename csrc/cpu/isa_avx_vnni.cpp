@@ -8,6 +8,7 @@
 // The kernels, in order of use.
 #include "cpu/math.inl"
 // clang-format off
+#include "cpu/quantize_kv.inl"
 #include "cpu/dense.inl"
 #include "cpu/dense_quant.inl"
 #include "cpu/attention.inl"

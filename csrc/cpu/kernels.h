@@ -10,7 +10,8 @@
 
 namespace pyengine::cpu {
 
-// Columns of one work item of a dense layer at most; a multiple of every back end's panel width.
+// Columns of one work item of a dense layer at most, unless that cuts what must stay together; a
+// multiple of every back end's panel width.
 constexpr int64_t kMaxItemColumns = 384;
 
 // What happens to x w + bias (after the activation).
@@ -50,7 +51,7 @@ struct DenseJob {
   int64_t out_stride = 0;  // elements from row to row of out
   int64_t out_row0 = 0;    // row and column of out[0]
   int64_t out_col0 = 0;
-  // Store::qkv only; the cache's dtype is f32 or bf16:
+  // Store::qkv only; an i8 cache needs items of whole heads:
   const int64_t* kv_slot = nullptr;  // (R,) physical block * 16 + slot within the block
   KVMemory kv;
 };
@@ -62,7 +63,7 @@ struct DenseKernels {
   void (*prepare)(const void* x, int64_t rows, int64_t in_features, void* out);
   // Scratch floats that `run` needs for an item of that many rows and columns of K inputs.
   int64_t (*scratch_floats)(int64_t in_features, int64_t rows, int64_t cols);
-  // Rows [row0, row1), columns [col0, col1): at most kMaxItemColumns columns.
+  // Rows [row0, row1), columns [col0, col1).
   void (*run)(const DenseJob& job, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
               float* scratch);
   // Words [word0, word0 + words) of k of columns [col0, col0 + cols) of in_out or out_in weights to
@@ -130,8 +131,6 @@ struct Kernels {
   DenseKernels dense_int4;  // i8 weights, packed_nibbles
 
   AttentionKernels attention_f32, attention_bf16, attention_i8;  // by the cache's dtype
-  // One token's keys and values, (C,) each, to slot `slot` of an i8 cache.
-  void (*quantize_kv)(const KVMemory& kv, int64_t slot, const float* keys, const float* values);
 
   // One row of n channels; out f32 or bf16.
   void (*layer_norm)(const float* x, int64_t n, const float* gain, const float* bias, float eps,

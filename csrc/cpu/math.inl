@@ -1,7 +1,20 @@
-// exp, erf and the activations on vectors, to about one unit in the last place.
+// exp, erf and the activations on vectors, to about one unit in the last place; first, what all
+// kernels use.
 
 namespace pyengine::cpu::PYENGINE_ISA {
 namespace {
+
+PYENGINE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+PYENGINE_INLINE Vf load_upto(const float* p, int64_t n) {
+  return n >= kLanes ? load(p) : load(p, static_cast<int>(n));
+}
+PYENGINE_INLINE void store_upto(float* p, Vf a, int64_t n) {
+  if (n >= kLanes) {
+    store(p, a);
+  } else {
+    store(p, a, static_cast<int>(n));
+  }
+}
 
 // exp(x) = 2^n e^r, |r| <= ln 2 / 2: Cephes' polynomial. 0 below -87.7, infinity above 88.4, NaN
 // for NaN.

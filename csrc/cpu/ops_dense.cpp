@@ -1,6 +1,6 @@
 // linear, linear_residual, qkv and query of ops.h.
 #include <algorithm>
-#include <cstring>
+#include <numeric>
 
 #include "core/errors.h"
 #include "cpu/dense_items.h"
@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t kMaxItemRows = 512;  // their sums stay in a 2 MB L2 beside the packed weights
 constexpr int64_t kPrepareRows = 16;
-constexpr int64_t kQuantizeRows = 4;  // a few microseconds: fewer are not worth waking a thread
 constexpr int64_t kItemsPerThread = 4;
 constexpr int64_t kPackColumns = 192;
 constexpr int64_t kPackInputs =
@@ -20,13 +19,20 @@ constexpr int64_t kPackInputs =
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Columns [first_col, end_col); first_col is a multiple of panel_columns.
+// What an item's columns are a multiple of.
+int64_t item_unit(const DenseJob& job, const DenseKernels& kernels) {
+  // Outputs that are quantized belong to groups of the next layer's inputs.
+  if (job.store == Store::quantized) return ops::kInputGroup;
+  // The scale of a head in an i8 cache is known once all of its channels are.
+  const bool whole_heads = job.store == Store::qkv && job.kv.dtype == DType::i8;
+  return whole_heads ? std::lcm(kernels.panel_columns, job.kv.head_dim) : kernels.panel_columns;
+}
+
+// Columns [first_col, end_col); first_col is a multiple of item_unit.
 void run_columns(ExecContext& ctx, const DenseJob& job, int64_t rows, const DenseKernels& kernels,
                  int64_t first_col, int64_t end_col) {
-  // Outputs that are quantized belong to groups of the next layer's inputs.
-  const int64_t unit = job.store == Store::quantized ? ops::kInputGroup : kernels.panel_columns;
-  const DenseItems items =
-      cut_dense(unit, rows, end_col - first_col, kMaxItemRows, ctx.pool.num_threads());
+  const DenseItems items = cut_dense(item_unit(job, kernels), rows, end_col - first_col,
+                                     kMaxItemRows, ctx.pool.num_threads());
   const int64_t size =
       round_up(kernels.scratch_floats(job.in_features, items.rows, items.cols), 16);
   float* scratch = ctx.arena.take<float>(size * ctx.pool.num_threads());
@@ -204,30 +210,15 @@ void qkv(ExecContext& ctx, const void* x, const Weight& w, const float* bias,
   }
   cpu::DenseJob job = cpu::prepare_dense(ctx, x, batch.num_tokens, w, bias);
   job.kv = cpu::kv_memory(cache);
+  job.store = cpu::Store::qkv;
   const cpu::DenseKernels& kernels = cpu::dense_kernels(ctx.kernels, w);
   const int64_t channels = w.out_features / 3;
-  const int64_t first_col =
-      q != nullptr ? 0 : channels / kernels.panel_columns * kernels.panel_columns;
-  if (cache.layout.dtype != DType::i8) {
-    job.store = cpu::Store::qkv;
-    job.out = q;
-    job.out_stride = channels;
-    job.kv_slot = slots;
-    return cpu::run_columns(ctx, job, batch.num_tokens, kernels, first_col, w.out_features);
-  }
-  // The scale of a head is known once all of its channels are: q, k and v first, then the cache.
-  float* qkv = ctx.arena.take<float>(batch.num_tokens * 3 * channels);
-  job.out = qkv;
-  job.out_stride = 3 * channels;
+  const int64_t unit = cpu::item_unit(job, kernels);
+  job.out = q;
+  job.out_stride = channels;
+  job.kv_slot = slots;
+  const int64_t first_col = q != nullptr ? 0 : channels / unit * unit;
   cpu::run_columns(ctx, job, batch.num_tokens, kernels, first_col, w.out_features);
-  ctx.pool.parallel_for(cpu::ceil_div(batch.num_tokens, cpu::kQuantizeRows), [&](int64_t i, int) {
-    const int64_t end = std::min<int64_t>((i + 1) * cpu::kQuantizeRows, batch.num_tokens);
-    for (int64_t t = i * cpu::kQuantizeRows; t < end; ++t) {
-      const float* row = qkv + t * 3 * channels;
-      if (q != nullptr) std::memcpy(q + t * channels, row, channels * sizeof(float));
-      ctx.kernels.quantize_kv(job.kv, slots[t], row + channels, row + 2 * channels);
-    }
-  });
 }
 
 void query(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,

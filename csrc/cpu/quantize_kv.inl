@@ -43,15 +43,5 @@ static void quantize_value(const float* x, int64_t n, int64_t head_dim_v, int64_
                 });
 }
 
-static void quantize_kv(const KVMemory& kv, int64_t slot, const float* keys, const float* values) {
-  char* block = kv.data + slot / 16 * kv.block_bytes;
-  slot %= 16;
-  for (int64_t head = 0; head < kv.n_head; ++head) {
-    quantize_key(keys + head * kv.head_dim, kv.head_dim, slot, block + head * kv.key_bytes);
-    quantize_value(values + head * kv.head_dim, kv.head_dim, kv.head_dim_v, slot,
-                   block + kv.values_at + head * kv.value_bytes);
-  }
-}
-
 }  // namespace
 }  // namespace pyengine::cpu::PYENGINE_ISA
