@@ -102,31 +102,27 @@ class I8Attention {
   void round_query(int u) {
     const int64_t n = s_.job.kv.head_dim;
     const float* q = query_of(s_, u);
-    Vf highest = zero(), bad = zero();
-    for (int64_t d = 0; d < n; d += kLanes) {
-      const Vf v = load_upto(q + d, n - d);
-      highest = max(highest, abs(v));
-      bad = add(bad, mul(v, zero()));  // NaN, of infinity too
-    }
-    const float most = max_of(highest), fault = sum(bad);
-    const bool usable = most > 1e-33f && fault == 0.0f;
-    const Vf inverse = set1(usable ? kWideMost / most : 0.0f);
+    Vf highest = zero();
+    for (int64_t d = 0; d < n; d += kLanes) highest = max(highest, abs(load_upto(q + d, n - d)));
+    const float most = max_of(highest);
+    const Vf inverse = set1(most > 1e-33f ? kWideMost / most : 0.0f);
     int32_t* out = query_.of(u);
-    Vi total = set1(0);
+    Vf total = zero();  // of whole numbers below 2^24, or NaN: infinity times zero is that too
     for (int64_t d = 0; d < n; d += kLanes) {
-      const Vf v = usable ? mul(load_upto(q + d, n - d), inverse) : zero();
-      const Vi rounded = round_to_word(v);
-      total = add(total, rounded);
-      store_wide(out, query_.half, d, rounded);
+      const Vf shifted = add(mul(load_upto(q + d, n - d), inverse), set1(kRoundingShift));
+      total = add(total, sub(shifted, set1(kRoundingShift)));
+      store_wide(out, query_.half, d, shifted_word(shifted));
     }
-    const float scale = most * (1.0f / kWideMost) * s_.job.scale + fault;
+    const float whole = sum(total);
+    const bool finite = whole - whole == 0.0f;
+    const float scale = most * (1.0f / kWideMost) * s_.job.scale + 0.0f * whole;
     __builtin_memcpy(out + 2 * query_.half, &scale, 4);
-    out[2 * query_.half + 1] = -128 * sum_of(total);
+    out[2 * query_.half + 1] = finite ? -128 * static_cast<int32_t>(whole) : 0;
   }
 
-  PYENGINE_INLINE Vi round_to_word(Vf v) {
-    const Vf shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    return sub_words(as_int(add(v, shift)), as_int(shift));
+  static constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  PYENGINE_INLINE Vi shifted_word(Vf shifted) {
+    return sub_words(as_int(shifted), as_int(set1(kRoundingShift)));
   }
 
   // ---- q k ----
@@ -283,7 +279,7 @@ class I8Attention {
       total = add(total, e);
       // NaN becomes the bound: it shows in the sum.
       const Vf w = min(mul(mul(e, scale), set1(inverse)), set1(kWideMost));
-      const Vi rounded = round_to_word(w);
+      const Vi rounded = shifted_word(add(w, set1(kRoundingShift)));
       count = add(count, rounded);
       store_wide(out, kWeightHalf, i, rounded);
     };
