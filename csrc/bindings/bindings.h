@@ -96,6 +96,7 @@ void bind_model(py::module_& m);
 void bind_sampling(py::module_& m);
 void bind_drafting(py::module_& m);
 void bind_quantize(py::module_& m);
+void bind_text(py::module_& m);
 void bind_ops(py::module_& m);  // the submodule `ops`
 
 }  // namespace pyengine::bindings

@@ -6,7 +6,7 @@ bfloat16 and float16 arrays travel as ``uint16`` with the dtype named beside the
 Errors are the classes of ``pyengine.errors``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -254,6 +254,60 @@ class StepResult:
     @property
     def score_tops(self) -> list[list[tuple[int, float]]]:
         """The top_n best (token id, log-probability) of each scored row, best first."""
+
+class ByteTable:
+    """What each token of a byte-level tokenizer adds to the UTF-8 of a text."""
+
+    def __init__(self, lookup: Callable[[int], bytes]) -> None:
+        """``lookup`` is asked once for each token that occurs, and raises for ids outside the vocabulary. The
+        garbage collector does not see it: it must not refer to the table."""
+    def __getitem__(self, token_id: int) -> bytes: ...
+
+class ByteDecoder:
+    """A decoder (pyengine/model/tokenization/decoders.py) of tokens that are bytes: an unfinished UTF-8
+    character waits for its last byte, and bytes that cannot become a character are U+FFFD, one per maximal
+    subpart (Unicode 3.9)."""
+
+    def __init__(self, table: ByteTable) -> None: ...
+    def push(self, ids: Iterable[int]) -> str: ...
+    def finish(self) -> str: ...
+    def copy(self) -> ByteDecoder: ...
+
+class StreamingDetokenizer:
+    """What a decoder, of any kind, gives after a prompt, whose text is not repeated
+    (pyengine/model/detokenizer.py)."""
+
+    def __init__(self, decoder: Any, prompt_ids: Sequence[int]) -> None: ...
+    def append(self, ids: Iterable[int]) -> str:
+        """Text that is certain now and was not before."""
+    def finish(self) -> str:
+        """The rest of the text, once no id follows."""
+    def copy(self) -> StreamingDetokenizer: ...
+
+class TextStream:
+    """The text of one sequence. What could be the beginning of a stop string is held back by ``take``."""
+
+    def __init__(
+        self, detokenizer: Any, stop: Sequence[str], include_stop: bool = False, text: str = ""
+    ) -> None:
+        """``detokenizer``: a `StreamingDetokenizer`, or anything that has its methods. ``include_stop``: the
+        text is cut after a stop string, not before it. ``text``: what it begins with, in which no stop string
+        is looked for."""
+    def append(self, ids: int | Iterable[int], may_stop: bool = True) -> str | None:
+        """Add one token or several; the stop string that ends the text, which is cut there, or None. Text
+        that comes with ``may_stop`` false is no part of a stop string."""
+    def finish(self) -> str | None:
+        """No more tokens: incomplete characters come out as they are. May complete a stop string."""
+    def take(self) -> str:
+        """Text that may be shown and was not taken before."""
+    def copy(self) -> TextStream:
+        """The same text, to go on with on its own."""
+    @property
+    def text(self) -> str: ...
+
+def wake(fd: int) -> None:
+    """Write a byte to a pipe without letting go of the GIL: whoever reads it runs when its caller has done
+    what it is at."""
 
 QUANT_PAD: int
 """Inputs that quantised weights are padded to (64)."""

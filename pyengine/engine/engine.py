@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pyengine.engine.beams import Beam
-from pyengine.engine.generation import Sample
+from pyengine.engine.failures import named, not_finite, why_no_token
+from pyengine.engine.generation import Generation, Sample
 from pyengine.engine.metrics import Counters
 from pyengine.engine.request import Request, Sequence
 from pyengine.engine.scheduler import BlockManager, Scheduler, blocks_for
 from pyengine.engine.scoring import Window
 from pyengine.engine.speculation import Speculator
-from pyengine.errors import CheckpointError, InternalError, PyEngineError, RequestError
+from pyengine.errors import InternalError, RequestError
 
 SKIPPED = -4  # in place of a token after a draft that was wrong (csrc/sampling/sampler.h)
 Scheduled = list[tuple[Sequence, int]]  # and how many of its next tokens run
@@ -128,32 +129,39 @@ class Engine:
         num_drafts = array("i")
         top_n = 0
         max_blocks = max([len(seq.blocks) for seq, _ in scheduled])
+        num_tokens = 0
         for seq, count in scheduled:
-            begin = seq.num_computed
+            begin, blocks, scored = seq.num_computed, seq.blocks, 0
             end = begin + count
+            num_tokens += count
             if count == 1:
                 tokens.append(seq.token_ids[begin])
                 positions.append(begin)
             else:
                 tokens.extend(seq.token_ids[begin:end])
                 positions.extend(self._positions[begin:end])
-            slots.append(seq.slot if seq.draws and end == seq.num_inputs else -1)
-            first, last = seq.targets
-            if first < last:
+            slots.append(seq.slot if end == seq.num_inputs and seq.draws else -1)
+            if begin < seq.num_prompt:  # nothing else is scored
+                first, last = seq.targets
                 first, last = max(first, begin + 1), min(last, end + 1)  # each is scored by the row before it
-                score_rows.extend(range(len(tokens) - end - 1 + first, len(tokens) - end - 1 + last))
-                targets.extend(seq.token_ids[first:last])
-                top_n = max(top_n, seq.top_n)
-            num_scored.append(max(0, last - first))
-            if drafts := seq.drafts:
+                if first < last:
+                    scored, shift = last - first, num_tokens - end - 1
+                    score_rows.extend(range(first + shift, last + shift))
+                    targets.extend(seq.token_ids[first:last])
+                    top_n = max(top_n, seq.top_n)
+            num_scored.append(scored)
+            drafts = seq.drafts
+            if drafts:
                 tokens.extend(drafts)
                 positions.extend(self._positions[end : end + len(drafts)])
                 end += len(drafts)
+                num_tokens += len(drafts)
             num_drafts.append(len(drafts))
-            query_start.append(len(tokens))
+            query_start.append(num_tokens)
             context_len.append(end)
-            block_table.extend(seq.blocks)
-            block_table.extend(self._padding[: max_blocks - len(seq.blocks)])
+            block_table.extend(blocks)
+            if len(blocks) < max_blocks:
+                block_table.extend(self._padding[: max_blocks - len(blocks)])
         batch = core.batch(tokens, positions, query_start, context_len, block_table, copies or None)
         further: dict[str, Any] = {}
         if score_rows:
@@ -185,14 +193,14 @@ class Engine:
                     copies = array("i")
                     self._hand_out([entry], *ran)
                     continue
-            self.give_up(seq.request, _named(seq.request, error))
+            self.give_up(seq.request, named(seq.request, error))
 
     def _hand_out(self, scheduled: Scheduled, result: Any, slots: array[int], num_scored: array[int]) -> None:
         sampled = result.token_ids
         logprobs: list[float] | None = None
         scores: list[float] | None = None
         now = time.perf_counter()
-        next_row = score_row = 0
+        next_row = score_row = num_new = 0
         counters = self.counters
         beams: list[tuple[Beam, int]] = []
         for (seq, count), slot, num_rows in zip(scheduled, slots, num_scored, strict=True):
@@ -214,34 +222,34 @@ class Engine:
                 self._advance(seq, count)
                 continue
             if TYPE_CHECKING:
-                assert isinstance(seq, Sample)
-            is_prompt = seq.num_computed < seq.num_prompt
-            seq.num_computed += count
+                assert isinstance(seq, Sample) and isinstance(request, Generation)
+            begin = seq.num_computed
+            seq.num_computed = begin + count
+            is_prompt = begin < seq.num_prompt
             if is_prompt:
                 counters.prompt_tokens += count
             if slot < 0:
                 continue
             token = sampled[row]
             if token < 0 and (token != -2 or not isinstance(seq, Beam)):
-                self.give_up(request, self._why_no_token(seq, token))
+                self.give_up(request, why_no_token(self.core.sampler, seq, token))
                 continue
             if isinstance(seq, Beam):
-                counters.new_tokens += 1
+                num_new += 1
                 beams.append((seq, row))
                 continue
             if is_prompt and seq.index == 0 and len(seq.token_ids) == seq.num_prompt:
-                if len(seq.request.sequences) > 1:
-                    self.scheduler.start_samples(seq.request)
-            generation = seq.request
-            if logprobs is None and generation.keeps_logprobs:
+                if len(request.sequences) > 1:
+                    self.scheduler.start_samples(request)
+            if logprobs is None and request.keeps_logprobs:
                 logprobs, top_logprobs = result.logprobs, result.top_logprobs
             try:
                 while token >= 0:
-                    if generation.uses_mirostat:
+                    if request.uses_mirostat:
                         seq.mirostat_mu = result.mirostat_mu[row]
-                    if logprobs is not None and generation.keeps_logprobs:
+                    if logprobs is not None and request.keeps_logprobs:
                         seq.logprobs.append((token, logprobs[row], top_logprobs[row]))
-                    counters.new_tokens += 1
+                    num_new += 1
                     seq.append(token, now)
                     row += 1
                     if row == next_row or seq.finish_reason is not None:
@@ -252,18 +260,21 @@ class Engine:
                 if seq.drafts:
                     self._count_drafts(seq, row - next_row + len(seq.drafts))
                 if token < 0 and token != SKIPPED:
-                    self.give_up(request, self._why_no_token(seq, token))
+                    self.give_up(request, why_no_token(self.core.sampler, seq, token))
                     continue
-                if seq.finish_reason is not None:
-                    self.scheduler.release(seq)
-                    if request.finished:
-                        request.end = now
-                if seq.request.stream:
-                    request.report(seq)
-                if seq.finish_reason is not None and request.finished:
+                if seq.finish_reason is None:
+                    if request.stream:
+                        request.report(seq)
+                    continue
+                self.scheduler.release(seq)
+                if request.finished:
+                    request.end = now
+                request.report(seq)
+                if request.finished:
                     self._remove(request)
             except Exception as error:  # its text cannot be made, or nobody takes it
-                self.give_up(request, _named(request, error))
+                self.give_up(request, named(request, error))
+        counters.new_tokens += num_new
         if beams:
             self._search(beams, result, now)
 
@@ -282,9 +293,9 @@ class Engine:
                     request.end = now
                     self._remove(request)
                 elif request.finished:
-                    self.give_up(request, self._why_no_token(last, -2))
+                    self.give_up(request, why_no_token(self.core.sampler, last, -2))
             except Exception as error:
-                self.give_up(request, _named(request, error))
+                self.give_up(request, named(request, error))
 
     def _count_drafts(self, seq: Sample, accepted: int) -> None:
         drafted, request, counters = len(seq.drafts), seq.request, self.counters
@@ -302,7 +313,7 @@ class Engine:
         for offset, value in enumerate(logprobs):
             if value != value:  # NaN
                 where = f"logits of window {seq.index}" if isinstance(seq, Window) else "logits"
-                self.give_up(request, _not_finite(request, where, first + offset - 1))
+                self.give_up(request, not_finite(request, where, first + offset - 1))
                 return
         self.counters.scored_tokens += len(logprobs)
         if isinstance(seq, Window):
@@ -323,22 +334,6 @@ class Engine:
             if window.request.finished:
                 self._remove(window.request)
 
-    def _why_no_token(self, seq: Sample, token: int) -> Exception:
-        """What the sampler's negative numbers say (csrc/sampling/sampler.h)."""
-        position, request = len(seq.token_ids), seq.request
-        if token == -2:
-            return RequestError(
-                f"request {request.id}: nothing may follow its token {position - 1}: allowed_token_ids, "
-                "bad_words, no_repeat_ngram_size, min_tokens, a constraint and the logits processors "
-                "together forbid every token that the model could say"
-            )
-        if token == -3:
-            error = self.core.sampler.take_error(seq.slot)
-            named = RequestError(f"request {request.id}: its logits processor failed: {error!r}")
-            named.__cause__ = error
-            return named
-        return _not_finite(request, "logits", position - 1)
-
     def _set_up(self, scheduled: Scheduled, now: float) -> None:
         """Tell the sampler the parameters of newcomers, and what the next token of constrained texts may be;
         a request that it refuses ends."""
@@ -358,7 +353,7 @@ class Engine:
                 for sibling in request.sequences:
                     if sibling.slot >= 0:
                         self.scheduler.abandon(sibling)
-                self.give_up(request, _named(request, error))
+                self.give_up(request, named(request, error))
                 continue
             seq.is_set_up = True
             if request.first_step is None:
@@ -395,21 +390,6 @@ class Engine:
                 seq.finish("abort")
                 request.report(seq)
             except Exception as failure:
-                request.error = request.error or _named(request, failure)
+                request.error = request.error or named(request, failure)
         if self.requests.get(request.number) is request:
             self._remove(request)
-
-
-def _named(request: Request, error: Exception) -> PyEngineError:
-    """``error`` as that of one request, by the class it has."""
-    kind = type(error) if isinstance(error, PyEngineError) else InternalError
-    named = kind(f"request {request.id}: {error if isinstance(error, PyEngineError) else repr(error)}")
-    named.__cause__ = error
-    return named
-
-
-def _not_finite(request: Request, what: str, position: int) -> CheckpointError:
-    return CheckpointError(
-        f"request {request.id}: the {what} after its token {position} are NaN or infinite: "
-        "the weights are damaged, or too large for their dtype (pyengine-cli inspect --check reads them all)"
-    )

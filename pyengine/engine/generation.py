@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections import abc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pyengine._C import TextStream
 from pyengine.decoding.resolve import ResolvedParams
 from pyengine.engine.request import Mailbox, Request, Sequence, TokenLogprobs
-from pyengine.engine.text import Codec, TextStream
+from pyengine.engine.text import Codec
 from pyengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamDelta
 
 
@@ -79,25 +80,25 @@ class Sample(Sequence):
 
     def append(self, token: int, now: float) -> None:
         """Add a sampled token and decide whether it is the last."""
-        request, params = self.request, self.request.params
+        request = self.request
+        params = request.params
         self.token_ids.append(token)
-        self.num_inputs += 1
+        self.num_inputs = length = self.num_inputs + 1
         if now != request.last_token:
             request.count_token(now)
         if token in params.stop_ids:
             if params.include_stop and self.text is not None and request.needs_text:
-                self.text.append((token,), may_stop=False)
+                self.text.append(token, False)
             self.finish("stop", token)
             return
         if self.text is not None and request.needs_text:
-            may_stop = len(self.token_ids) - self.num_prompt > params.min_tokens
-            stop = self.text.append((token,), may_stop=may_stop)
+            stop = self.text.append(token, length - self.num_prompt > params.min_tokens)
             if stop is not None:
                 self.finish("stop", stop)
                 return
         if self.constraint is not None and self.constraint.take(token):
             self.finish("stop")
-        elif len(self.token_ids) >= params.max_length:
+        elif length >= params.max_length:
             self.finish("length")
 
     def finish(self, reason: str, stop_reason: str | int | None = None) -> None:
@@ -186,11 +187,11 @@ class Generation(Request):
         """Send what is new of a sample."""
         if not self.stream or self.mailbox is None:
             return
-        assert isinstance(seq, Sample)
+        if TYPE_CHECKING:
+            assert isinstance(seq, Sample)
+        new = [seq.token_ids[-1]]
         begin = seq.num_prompt + seq.num_reported
-        if begin == len(seq.token_ids) - 1:
-            new = [seq.token_ids[-1]]
-        else:
+        if begin != seq.num_inputs - 1:
             new = seq.token_ids[begin:].tolist()
         logprobs = None
         if self.params.logprobs >= 0:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyengine.engine.text import TextStream
+from pyengine._C import TextStream
 
 
 class Pieces:

@@ -9,17 +9,18 @@ came before it.
 from __future__ import annotations
 
 import re
-from abc import ABC, abstractmethod
-from codecs import utf_8_decode
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 Value = TypeVar("Value")
 
 
-class TextDecoder(ABC):
-    """State of decoding one sequence. Attributes hold immutable values or shared tables, see `copy`."""
+class TextDecoder(Protocol):
+    """State of decoding one sequence; ``_C.ByteDecoder`` is another. Attributes hold immutable values or
+    shared tables, see `copy`.
+    """
 
     @abstractmethod
     def push(self, ids: Sequence[int]) -> str:
@@ -44,35 +45,6 @@ class TokenTable(dict[int, Value], Generic[Value]):
     def __missing__(self, token_id: int) -> Value:
         value = self[token_id] = self._lookup(token_id)
         return value
-
-
-class ByteDecoder(TextDecoder):
-    """Byte-level BPE: tokens are bytes; an unfinished UTF-8 character waits for its last byte.
-
-    Bytes that cannot become a character are U+FFFD, one per maximal subpart (Unicode 3.9, as Rust and
-    Python both do).
-    """
-
-    def __init__(self, table: TokenTable[bytes]) -> None:
-        self._table = table
-        self._pending = b""
-
-    def push(self, ids: Sequence[int]) -> str:
-        table = self._table
-        if len(ids) == 1:  # as a stream does
-            data = table[ids[0]]
-            if self._pending:
-                data = self._pending + data
-        else:
-            data = self._pending + b"".join([table[i] for i in ids])
-        text, used = utf_8_decode(data, "replace", False)
-        self._pending = b"" if used == len(data) else data[used:]
-        return text
-
-    def finish(self) -> str:
-        text, _ = utf_8_decode(self._pending, "replace", True)
-        self._pending = b""
-        return text
 
 
 class PieceDecoder(TextDecoder):

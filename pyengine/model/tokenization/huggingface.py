@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from pyengine._C import ByteDecoder, ByteTable
 from pyengine.errors import TokenizerError
 from pyengine.model.files import read_file, require_small
 from pyengine.model.json_file import read_json_object, show
 from pyengine.model.tokenization.config import TokenizerConfig, TokenSpec
 from pyengine.model.tokenization.decoders import (
-    ByteDecoder,
     ByteFallbackDecoder,
     CleanUpDecoder,
     PieceDecoder,
@@ -75,7 +76,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self._fallback_space = _fallback_space(state)
         model = type(backend.model).__name__
         self.kind = "byte-level BPE" if (model, self._decoder_type) == ("BPE", "ByteLevel") else model
-        self._bytes = {skip: TokenTable(self._bytes_lookup(skip)) for skip in (False, True)}
+        plain = copy(self)  # no collector sees through a ByteTable: it must not lead back to itself
+        self._bytes = {skip: ByteTable(plain._bytes_lookup(skip)) for skip in (False, True)}
         self._texts = {
             (skip, first): TokenTable(self._text_lookup(skip, first))
             for skip in (False, True)
