@@ -106,6 +106,20 @@ static void scatter_qkv(const DenseJob& j, int64_t row, int64_t col, int64_t n, 
   }
 }
 
+// The largest of each kLogitBlock values; NaN where one is not finite.
+static void store_block_max(const float* y, int64_t n, float* block_max) {
+  for (int64_t block = 0; block < n; block += ops::kLogitBlock) {
+    Vf highest = set1(-__builtin_inff()), bad = zero();
+    const int64_t end = smaller(block + ops::kLogitBlock, n);
+    for (int64_t i = block; i < end; i += kLanes) {
+      const int lanes = static_cast<int>(smaller(end - i, kLanes));
+      highest = max(keep_first(load(y + i), lanes, highest), highest);
+      bad = fma(load_upto(y + i, lanes), zero(), bad);
+    }
+    *block_max++ = max_of(highest) + sum(bad);
+  }
+}
+
 // y holds columns [col, col + n) of x w for one row, padded to whole vectors.
 static void activate_row(const DenseJob& j, int64_t col, int64_t n, float* y) {
   const float* bias = j.bias != nullptr ? j.bias + col : nullptr;
@@ -136,6 +150,9 @@ static void finish_row(const DenseJob& j, int64_t row, int64_t col, int64_t n, f
   switch (j.store) {
     case Store::f32:
       copy_f32(y, n, static_cast<float*>(j.out) + at);
+      if (j.block_max != nullptr) {
+        store_block_max(y, n, j.block_max + row * j.block_max_stride + col / ops::kLogitBlock);
+      }
       break;
     case Store::bf16:
       copy_bf16(y, n, static_cast<uint16_t*>(j.out) + at);

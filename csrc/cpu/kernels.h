@@ -51,6 +51,9 @@ struct DenseJob {
   int64_t out_stride = 0;  // elements from row to row of out
   int64_t out_row0 = 0;    // row and column of out[0]
   int64_t out_col0 = 0;
+  // Store::f32 only, or null: as ops::head, items being whole blocks.
+  float* block_max = nullptr;
+  int64_t block_max_stride = 0;
   // Store::qkv only; an i8 cache needs items of whole heads:
   const int64_t* kv_slot = nullptr;  // (R,) physical block * 16 + slot within the block
   KVMemory kv;

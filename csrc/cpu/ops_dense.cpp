@@ -23,6 +23,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t item_unit(const DenseJob& job, const DenseKernels& kernels) {
   // Outputs that are quantized belong to groups of the next layer's inputs.
   if (job.store == Store::quantized) return ops::kInputGroup;
+  if (job.block_max != nullptr) return std::lcm(kernels.panel_columns, ops::kLogitBlock);
   // The scale of a head in an i8 cache is known once all of its channels are.
   const bool whole_heads = job.store == Store::qkv && job.kv.dtype == DType::i8;
   return whole_heads ? std::lcm(kernels.panel_columns, job.kv.head_dim) : kernels.panel_columns;
@@ -183,6 +184,18 @@ void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, 
   job.out = out;
   job.out_stride = w.out_features;
   cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, w));
+}
+
+void head(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& head, float* logits,
+          float* block_max) {
+  if (num_rows == 0) return;
+  ArenaScope scope(ctx.arena);
+  cpu::DenseJob job = cpu::prepare_dense(ctx, x, num_rows, head, nullptr);
+  job.out = logits;
+  job.out_stride = head.out_features;
+  job.block_max = block_max;
+  job.block_max_stride = cpu::ceil_div(head.out_features, kLogitBlock);
+  cpu::run_items(ctx, job, num_rows, cpu::dense_kernels(ctx.kernels, head));
 }
 
 void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w,

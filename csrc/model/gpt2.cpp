@@ -238,16 +238,18 @@ void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& ba
   rows_.insert(rows_.end(), scored.rows, scored.rows + scored.num_rows);
   const auto num_rows = static_cast<int32_t>(rows_.size());
   const void* h = hidden_states(ctx, step, kv, batch, rows_.data(), num_rows);
-  float* logits = nullptr;
+  float *logits = nullptr, *block_max = nullptr;
   if (num_sampled > 0) {
     logits = logits_.f32(static_cast<int64_t>(num_sampled) * config_.vocab_size);
+    block_max = block_max_.f32(num_sampled *
+                               ((config_.vocab_size + ops::kLogitBlock - 1) / ops::kLogitBlock));
     step.enter(Part::head, dense_cost(head_, num_sampled, size_of(act_), sizeof(float)));
-    ops::linear(ctx, h, num_sampled, head_, nullptr, ops::Activation::none, logits, DType::f32);
+    ops::head(ctx, h, num_sampled, head_, logits, block_max);
   }
   step.enter(Part::sampling, row_cost(num_sampled, config_.vocab_size, sizeof(float), 0));
   sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sample_slots_.data(),
                  sample_positions_.data(), result,
-                 num_drafts == nullptr ? nullptr : sample_drafts_.data());
+                 num_drafts == nullptr ? nullptr : sample_drafts_.data(), block_max);
   score(ctx, step, static_cast<const std::byte*>(h) + num_sampled * row_bytes(config_.n_embd),
         scored, result);
 }

@@ -137,14 +137,15 @@ class GPT2 {
   bool has_run_ = false;
 
   // T, R, C as in ops.h; act is act_.
-  Activations x_;       // (T, C) f32: the residual stream
-  Activations h_;       // (T, C) act: what a dense layer reads
-  Activations q_;       // (T, C) f32
-  Activations attn_;    // (T, C) of dtype_
-  Activations ff_;      // (T, n_inner) act
-  Activations last_x_;  // (R, C) f32: chosen rows of the last layer
-  Activations last_h_;  // (R, C) act
-  Activations logits_;  // (R, V) f32
+  Activations x_;          // (T, C) f32: the residual stream
+  Activations h_;          // (T, C) act: what a dense layer reads
+  Activations q_;          // (T, C) f32
+  Activations attn_;       // (T, C) of dtype_
+  Activations ff_;         // (T, n_inner) act
+  Activations last_x_;     // (R, C) f32: chosen rows of the last layer
+  Activations last_h_;     // (R, C) act
+  Activations logits_;     // (R, V) f32
+  Activations block_max_;  // (R, V / kLogitBlock) f32
   std::vector<int32_t> rows_, sample_slots_, sample_positions_, sample_drafts_;
   std::vector<int32_t> top_ids_;     // (R, top_n) of scored rows
   std::vector<float> top_logprobs_;  // (R, top_n)

@@ -99,6 +99,12 @@ void row_rms(ExecContext& ctx, const Weight& w, float* rms);
 void linear(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w, const float* bias,
             Activation activation, void* out, DType out_dtype);
 
+// logits = x head, and block_max[r][i] = the largest of logits[r][64 i, 64 i + 64), NaN if one of
+// them is not finite.
+//   x (R, C) act; logits (R, V) f32; block_max (R, ceil(V / kLogitBlock))
+void head(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& head, float* logits,
+          float* block_max);
+
 // residual += x w + bias
 //   x (R, K) act; residual (R, N) f32, updated in place
 void linear_residual(ExecContext& ctx, const void* x, int64_t num_rows, const Weight& w,

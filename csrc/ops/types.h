@@ -37,6 +37,7 @@ enum class WeightLayout : uint8_t {
   packed_nibbles,
 };
 
+constexpr int64_t kLogitBlock = 64;   // logits that share a maximum (ops::head)
 constexpr int64_t kTileColumns = 16;  // of WeightLayout::packed
 constexpr int64_t kQuantPad = 64;     // k's that i8 weights are padded to
 constexpr int64_t kNibbleGroup = 32;  // k's that share a multiplier and a zero point

@@ -52,11 +52,24 @@ float exp_nonpositive(float x) {
   return x > -87.25f ? p * scale : 0.0f;
 }
 
-bool Row::load(const float* logits, int32_t vocab_size) {
+// False if one is NaN: the block holds an infinity or NaN.
+bool Row::take_maxima(const float* block_max) {
+  float best = block_max[0], sum = 0;
+  for (size_t b = 0; b < block_max_.size(); ++b) {
+    block_max_[b] = block_max[b];
+    best = block_max[b] > best ? block_max[b] : best;
+    sum += 0.0f * block_max[b];
+  }
+  max_ = best;
+  return sum == 0.0f;
+}
+
+bool Row::load(const float* logits, int32_t vocab_size, const float* block_max) {
   logits_ = logits;
   vocab_size_ = vocab_size;
   int32_t blocks = (vocab_size + kBlock - 1) / kBlock;
   block_max_.resize(blocks);
+  if (block_max != nullptr && take_maxima(block_max)) return true;
   int32_t is_nan[kLanes] = {};
   for (int32_t b = 0; b < blocks; ++b) {
     const float* x = logits + static_cast<int64_t>(b) * kBlock;

@@ -31,10 +31,11 @@ inline float inverse_temperature(float temperature) {
 
 class Row {
  public:
-  static constexpr int kBlock = 64;  // logits per entry of block_max_
+  static constexpr int kBlock = ops::kLogitBlock;  // logits per entry of block_max_
 
   // Finds the maxima. False if a logit is NaN or +inf, or all are -inf.
-  bool load(const float* logits, int32_t vocab_size);
+  // block_max: of the same logits (ops::head), which then need not be read, or null.
+  bool load(const float* logits, int32_t vocab_size, const float* block_max = nullptr);
 
   float max() const { return max_; }
   int32_t argmax() const;  // the lowest id of equals
@@ -54,6 +55,8 @@ class Row {
   int32_t draw_from_all(double target) const;
 
  private:
+  bool take_maxima(const float* block_max);
+
   const float* logits_ = nullptr;
   int32_t vocab_size_ = 0;
   float max_ = 0;

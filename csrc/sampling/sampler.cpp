@@ -253,8 +253,8 @@ void Sampler::list_candidates(const Rows& rows, int64_t r, Workspace& workspace,
 
 void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
                      const int32_t* slots, const int32_t* positions, StepResult& result,
-                     const int32_t* drafts) {
-  const Rows rows{logits, num_rows, vocab_size, slots, positions, drafts};
+                     const int32_t* drafts, const float* block_max) {
+  const Rows rows{logits, num_rows, vocab_size, slots, positions, drafts, block_max};
   require_rows(rows);
   prepare(ctx, rows, result);
   if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
@@ -302,7 +302,7 @@ void Sampler::sample_row(const Rows& rows, int64_t r, size_t place, Workspace& w
                          StepResult& result) {
   const Slot& slot = slots_[rows.slots[r]];
   const int32_t vocab_size = rows.vocab_size;
-  if (!workspace.row.load(rows.of(r), vocab_size)) {
+  if (!workspace.row.load(rows.of(r), vocab_size, rows.block_max_of(r))) {
     result.token_ids[r] = StepResult::kNotFinite;
     return;
   }
@@ -342,7 +342,7 @@ void Sampler::sample_row(const Rows& rows, int64_t r, size_t place, Workspace& w
 
 void Sampler::process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
                       const int32_t* slots, const int32_t* positions) {
-  const Rows rows{logits, num_rows, vocab_size, slots, positions, nullptr};
+  const Rows rows{logits, num_rows, vocab_size, slots, positions, nullptr, nullptr};
   require_rows(rows);
   if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
     workspaces_.resize(ctx.pool.num_threads());

@@ -70,9 +70,10 @@ class Sampler {
   // drafts (R,), or null: where drafts[r] >= 0, row r follows row r - 1 of the same slot and the
   // position before, and its logits take drafts[r] for that row's token. It gives a token if that
   // row has drawn this very token, else kSkipped.
+  // block_max: of the logits, as ops::head makes it, or null.
   void sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
               const int32_t* slots, const int32_t* positions, StepResult& result,
-              const int32_t* drafts = nullptr);
+              const int32_t* drafts = nullptr, const float* block_max = nullptr);
 
   // What transformers calls processed scores, in place of the logits: edited, divided by the
   // temperature (as they are if that is 0), -infinity where cut off. Changes no state.
@@ -102,9 +103,14 @@ class Sampler {
     int32_t vocab_size;
     const int32_t* slots;
     const int32_t* positions;
-    const int32_t* drafts;  // or null
+    const int32_t* drafts;   // or null
+    const float* block_max;  // or null
     bool follows(int64_t r) const { return drafts != nullptr && drafts[r] >= 0; }
     float* of(int64_t r) const { return logits + r * vocab_size; }
+    const float* block_max_of(int64_t r) const {
+      constexpr int32_t kBlock = sampling::Row::kBlock;
+      return block_max == nullptr ? nullptr : block_max + r * ((vocab_size + kBlock - 1) / kBlock);
+    }
   };
 
   void require_rows(const Rows& rows);

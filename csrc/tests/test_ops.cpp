@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -372,6 +373,39 @@ void test_attention(const std::string& isa, DType act, DType kv_dtype, int heads
   }
 }
 
+// Logits as `linear` makes them, and the largest of each 64.
+void test_head(const std::string& isa, DType dtype, int64_t rows, int64_t vocab) {
+  const std::string what = isa + " head " + name_of(dtype) + " rows " + std::to_string(rows);
+  constexpr int64_t kIn = 40, kBlock = kLogitBlock;
+  const int64_t blocks = padded_to(vocab, kBlock) / kBlock;
+  Tensor x(dtype, rows * kIn, 1.0f), w(dtype, vocab * kIn, 0.3f);
+  const Weight head_weight{w.data(), dtype, WeightLayout::out_in, kIn, vocab};
+  std::vector<float> expected(rows * vocab), logits(rows * vocab), block_max(rows * blocks);
+  for (int threads : {1, 3}) {
+    Context c(threads, isa);
+    linear(c.ctx, x.data(), rows, head_weight, nullptr, Activation::none, expected.data(),
+           DType::f32);
+    head(c.ctx, x.data(), rows, head_weight, logits.data(), block_max.data());
+    bool right = same(expected, logits);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = &logits[r * vocab];
+      for (int64_t b = 0; b < blocks; ++b) {
+        const float* last = row + std::min(vocab, (b + 1) * kBlock);
+        right = right && block_max[r * blocks + b] == *std::max_element(row + b * kBlock, last);
+      }
+    }
+    check(right, what + " threads " + std::to_string(threads));
+  }
+  if (dtype != DType::f32) return;
+  w.f32[70 * kIn] = std::numeric_limits<float>::infinity();
+  Context c(1, isa);
+  head(c.ctx, x.data(), rows, head_weight, logits.data(), block_max.data());
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < rows * blocks; ++i)
+    wrong += std::isnan(block_max[i]) != (i % blocks == 1);
+  check(wrong == 0, what + " not finite");
+}
+
 void test_score(const std::string& isa, DType dtype, int64_t rows, int64_t in, int64_t vocab) {
   const std::string what = isa + " score_rows " + name_of(dtype) + " rows " + std::to_string(rows) +
                            " vocab " + std::to_string(vocab);
@@ -541,6 +575,8 @@ int main() {
       test_attention(isa, dtype, dtype, 3, 20);
       test_attention(isa, dtype, DType::bf16, 1, 7);
       test_attention(isa, dtype, DType::i8, 2, 9);
+      test_head(isa, dtype, 3, 1000);
+      test_head(isa, dtype, 37, 200);
       test_score(isa, dtype, 5, 40, 1000);
       test_score(isa, dtype, 3, 31, 4);
       if (quick) continue;
