@@ -108,7 +108,8 @@ class Scheduler:
                 num_running = len(self.running)
                 kept = self._reserve(seq, end)
                 if len(self.running) < num_running:
-                    admitting = not scheduled  # blocks ran out: admit nobody, unless nothing else could run
+                    # Blocks ran out: admit nobody, unless nothing else could run.
+                    admitting = not kept and position == 0
                 if not kept:
                     continue
             if seq.num_computed < seq.num_prompt:
