@@ -5,17 +5,18 @@
 //
 //   keys    f32   [n_head][head_dim][16]          lanes are tokens: q.k needs no horizontal sum
 //           bf16  [n_head][head_dim_k / 2][16][2] a 32-bit word is a pair of neighbouring channels
-//           i8    [n_head] of f32 [16] scales, then [head_dim_k / 4][16][4]: a word is four channels
+//           i8    [n_head] of f32 [16] scales, then [head_dim_k / 4][16][4]: a word is four
+//           channels
 //   values  f32   [n_head][16][head_dim_v]        lanes are channels
 //           bf16  [n_head][8][head_dim_v][2]      a word is one channel of two neighbouring tokens
 //           i8    [n_head] of f32 [16] scales, then [4][head_dim_v][4]: a word is four tokens
 //
-// The pairs of bf16 and the fours of i8 are what dot products of pairs and fours and AMX tiles read.
-// An i8 byte is 128 + i, and stands for i times the scale of its token and head.
+// The pairs of bf16 and the fours of i8 are what dot products of pairs and fours and AMX tiles
+// read. An i8 byte is 128 + i, and stands for i times the scale of its token and head.
 //
 // head_dim_k is head_dim rounded up to whole words; the channels that this may add are zero in
-// every token that was written. head_dim_v is head_dim rounded up to 16 (one 512-bit float vector); what
-// its padding holds does not matter, since it never reaches an output.
+// every token that was written. head_dim_v is head_dim rounded up to 16 (one 512-bit float vector);
+// what its padding holds does not matter, since it never reaches an output.
 #pragma once
 
 #include <cstddef>
