@@ -4,7 +4,8 @@
 Python per step is everything between the end of one ``Model.step`` and the beginning of the next, while 1, 8,
 32 and 64 requests stream text with stop strings: sampled tokens are handed out, made into text, searched for
 stop strings and delivered, and the next step is scheduled and built. Only steps in which every sequence
-generates count. A line ``a + b x sequences`` is fitted to the medians.
+generates count. A line ``a + b x sequences`` is fitted to the medians. Beside it stands the processor time
+that the callers' own threads take per step, sending their requests included: it passes while the model runs.
 
 The time to the first token is that of a long prompt whose first tokens are cached, against a prompt of the
 same length that is new.
@@ -55,19 +56,24 @@ class TimedModel:
 Requests = list[tuple[str, SamplingParams]]
 
 
-def stream_in_threads(llm: LLM, requests: Requests) -> None:
+def stream_in_threads(llm: LLM, requests: Requests) -> float:
+    """Runs them; the callers' processor time in seconds, like those below."""
+    times = []
+
     def consume(prompt: str, params: SamplingParams) -> None:
         for _ in llm.stream(prompt, params):
             pass
+        times.append(time.thread_time())
 
     threads = [threading.Thread(target=consume, args=request) for request in requests]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return sum(times)
 
 
-def stream_in_a_loop(llm: LLM, requests: Requests) -> None:
+def stream_in_a_loop(llm: LLM, requests: Requests) -> float:
     async def consume(prompt: str, params: SamplingParams) -> None:
         async for _ in llm.astream(prompt, params):
             pass
@@ -75,11 +81,15 @@ def stream_in_a_loop(llm: LLM, requests: Requests) -> None:
     async def consume_all() -> None:
         await asyncio.gather(*(consume(*request) for request in requests))
 
+    begin = time.thread_time()
     asyncio.run(consume_all())
+    return time.thread_time() - begin
 
 
-def generate(llm: LLM, requests: Requests) -> None:
+def generate(llm: LLM, requests: Requests) -> float:
+    begin = time.thread_time()
     llm.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+    return time.thread_time() - begin
 
 
 _CALLERS = {"threads": stream_in_threads, "asyncio": stream_in_a_loop, "generate": generate}
@@ -87,22 +97,23 @@ _CALLERS = {"threads": stream_in_threads, "asyncio": stream_in_a_loop, "generate
 
 def python_per_step(
     llm: LLM, timed: TimedModel, callers: str, sequences: int, new_tokens: int
-) -> list[float]:
-    """Microseconds between steps while ``sequences`` requests generate."""
+) -> tuple[list[float], float]:
+    """Microseconds between steps while ``sequences`` requests generate; of the callers' threads per step."""
     timed.steps.clear()
 
     def request(number: int) -> tuple[str, SamplingParams]:
         params = SamplingParams(max_tokens=new_tokens, seed=number, ignore_eos=True, stop=STOP)
         return f"{number}. {PROMPT}", params
 
-    _CALLERS[callers](llm, [request(number) for number in range(sequences)])
+    callers_time = _CALLERS[callers](llm, [request(number) for number in range(sequences)])
     steps = timed.steps
     pairs = zip(steps, steps[1:], strict=False)
-    return [
+    gaps = [
         (after[0] - before[1]) * 1e6
         for before, after in pairs
         if before[2:] == after[2:] == (sequences, sequences)
     ]
+    return gaps, callers_time * 1e6 / len(steps)
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -173,14 +184,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    llm = LLM(args.model, dtype=args.dtype, num_threads=args.threads)
+    counts = [int(word) for word in args.sequences.split(",")]
+    llm = LLM(args.model, dtype=args.dtype, num_threads=args.threads, max_num_seqs=max(*counts, 64))
     timed = TimedModel(llm._engine.core.model)
     llm._engine.core = dataclasses.replace(llm._engine.core, model=timed)
-    counts = [int(word) for word in args.sequences.split(",")]
     python_per_step(llm, timed, args.callers, min(counts), 20)  # imports and first allocations
     rows = []
     for sequences in counts:
-        gaps = python_per_step(llm, timed, args.callers, sequences, args.new_tokens)
+        gaps, callers_us = python_per_step(llm, timed, args.callers, sequences, args.new_tokens)
         if not gaps:
             sys.exit(f"engine_overhead: the {sequences} streams never ran together: raise --new-tokens")
         steps = [(end - begin) * 1e6 for begin, end, *size in timed.steps if size == [sequences, sequences]]
@@ -191,7 +202,8 @@ def main() -> None:
             "mean_us": round(statistics.mean(gaps), 1),
         }
         row |= {f"{name}_us": value for name, value in spread(gaps).items()}
-        row |= {"bound_us": 100 + 5 * sequences, "model_us": round(statistics.median(steps), 1)}
+        row |= {"callers_us": round(callers_us, 1), "bound_us": 100 + 5 * sequences}
+        row["model_us"] = round(statistics.median(steps), 1)
         rows.append(row)
     constant, slope = fit([(row["sequences"], row["median_us"]) for row in rows])
     prompt = args.prompt_tokens or llm.max_model_len * 9 // 10
@@ -206,10 +218,12 @@ def main() -> None:
         return
     print(f"Python per step, microseconds; callers: {args.callers}")
     print(
-        f"{'sequences':>10}{'median':>9}{'mean':>9}{'least':>9}{'most':>9}{'steps':>7}{'the step itself':>17}"
+        f"{'sequences':>10}{'median':>9}{'mean':>9}{'least':>9}{'most':>9}{'callers':>9}{'steps':>7}"
+        f"{'the step itself':>17}"
     )
     for row in rows:
-        cells = [f"{row[name]:>9.1f}" for name in ("median_us", "mean_us", "min_us", "max_us")]
+        names = ("median_us", "mean_us", "min_us", "max_us", "callers_us")
+        cells = [f"{row[name]:>9.1f}" for name in names]
         print(f"{row['sequences']:>10}{''.join(cells)}{row['steps']:>7}{row['model_us']:>17.1f}")
     print(f"fitted to the medians: {constant:.1f} + {slope:.2f} x sequences\n")
     print(

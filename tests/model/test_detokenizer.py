@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import os.path
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from pyengine import _C
+from pyengine._C import ByteDecoder, ByteTable, TextStream
 from pyengine.model.detokenizer import StreamingDetokenizer
 from pyengine.model.tokenization.decoders import CleanUpDecoder, TextDecoder
 from pyengine.model.tokenizer import Tokenizer, load_tokenizer
@@ -104,6 +108,67 @@ def test_bytes_that_never_become_a_character(tmp_path: Path) -> None:
     assert stream.append([byte["a"]]) == "\ufffda"
     assert [stream.append([i]) for i in (third, first, second, third)] == ["\ufffd", "", "", "猫"]
     assert stream.append([first]) == "" and stream.finish() == "\ufffd"
+
+
+BYTES = st.lists(
+    st.one_of(
+        st.binary(max_size=5),
+        st.text(max_size=3).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.text(min_size=1, max_size=2).map(lambda text: text.encode("utf-8", "surrogatepass")[:-1]),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(pieces=BYTES)
+def test_bytes_become_what_python_makes_of_them(pieces: list[bytes]) -> None:
+    decoder = ByteDecoder(ByteTable(pieces.__getitem__))
+    python = codecs.getincrementaldecoder("utf-8")("replace")
+    for number, piece in enumerate(pieces):
+        twin = decoder.copy()
+        assert decoder.push([number]) == python.decode(piece)
+    if pieces:  # the copy goes on by itself
+        whole, before = codecs.getincrementaldecoder("utf-8")("replace"), b"".join(pieces[:-1])
+        whole.decode(before)
+        assert twin.push(iter([len(pieces) - 1])) + twin.finish() == whole.decode(pieces[-1], final=True)
+    assert decoder.finish() == python.decode(b"", final=True)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    pieces=st.lists(st.text("ab€猫", min_size=1, max_size=3), min_size=1, max_size=12),
+    stop=st.lists(st.text("ab€猫", min_size=1, max_size=4), max_size=3),
+    include_stop=st.booleans(),
+    prompt=st.integers(0, 3),
+)
+def test_texts_of_bytes_and_of_pieces_are_the_same(
+    pieces: list[str], stop: list[str], include_stop: bool, prompt: int
+) -> None:
+    """Tokens that are single bytes in ``_C``, and a detokenizer that is Python; stop strings of both."""
+
+    class Pieces:
+        def append(self, numbers: Sequence[int]) -> str:
+            return "".join(pieces[number] for number in numbers)
+
+        def finish(self) -> str:
+            return ""
+
+    echo = "".join(pieces[:prompt])
+    single = _C.StreamingDetokenizer(ByteDecoder(ByteTable(lambda byte: bytes([byte]))), list(echo.encode()))
+    ours = TextStream(single, stop, include_stop, echo)
+    python = TextStream(Pieces(), stop, include_stop, echo)
+    for number in range(prompt, len(pieces)):
+        stopped = None
+        for byte in pieces[number].encode():
+            stopped = ours.append(byte)
+            if stopped is not None:
+                break
+        assert stopped == python.append((number,))
+        if stopped is not None:
+            break
+        assert ours.text == python.text
+    assert (ours.finish(), ours.text, ours.take()) == (python.finish(), python.text, python.take())
 
 
 def test_character_begun_by_the_prompt(tmp_path: Path) -> None:

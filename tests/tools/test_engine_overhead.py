@@ -39,7 +39,7 @@ def test_json(callers: str) -> None:
     assert (one["sequences"], one["bound_us"], four["sequences"], four["bound_us"]) == (1, 105, 4, 120)
     for row in (one, four):
         assert row["callers"] == callers and row["steps"] > 0
-        assert 0 < row["min_us"] <= row["median_us"] <= row["max_us"]
+        assert 0 < row["min_us"] <= row["median_us"] <= row["max_us"] and row["callers_us"] > 0
     slope = (four["median_us"] - one["median_us"]) / 3
     assert fit["slope_us"] == pytest.approx(slope, abs=0.1)
     assert ttft["cached_tokens"] == 64  # whole blocks of 16
