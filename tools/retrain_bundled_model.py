@@ -28,8 +28,8 @@ FILES = "config.json generation_config.json model.safetensors tokenizer.json tok
 # 6 x 256 with 4096 tokens fills the 12 MB with float16 weights.
 OPTIONS = """
 --tokenizer bpe --vocab-size 4096 --n-layer 6 --n-head 4 --n-embd 256 --block-size 512
---batch-size 8 --steps 4500 --optimizer muon --lr 0.005 --min-lr 0 --schedule wsd --decay-fraction 0.6
---warmup-steps 50 --beta2 0.95 --dropout 0.1 --dtype bfloat16 --eval-every 500 --save-every 100
+--batch-size 8 --steps 4500 --optimizer muon --lr 0.007 --min-lr 0 --schedule wsd --decay-fraction 0.7
+--warmup-steps 100 --beta2 0.95 --dropout 0.1 --dtype bfloat16 --eval-every 500 --save-every 100
 --export-dtype float16 --resume auto
 """.split()
 
