@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pyengine.errors import ConfigError
+from pyengine.train.memory import keep_freed_memory
 from pyengine.train.model import GPT2
 from pyengine.train.options import TrainOptions
 
@@ -37,6 +38,7 @@ class Processes:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             torch.set_num_threads(options.threads or max(1, usable // local_world))
+            keep_freed_memory()
         else:
             torch.cuda.set_device(self.device)
         if self.world > 1:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyengine.train.attention import causal_attention
+
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,7 +116,7 @@ class Attention(nn.Module):
         n, c = x.shape
         heads = (batch_size, n // batch_size, self.n_head, c // self.n_head)  # B, T, H, D
         q, k, v = (y.view(heads).transpose(1, 2) for y in self.c_attn(x).split(c, dim=1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)  # (B, H, T, D)
+        y = causal_attention(q, k, v, self.scale)  # (B, H, T, D)
         return add_projection(residual, y.transpose(1, 2).reshape(n, c), self.c_proj, self.dropout)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,31 +27,11 @@ def learning_rate(options: TrainOptions, step: int) -> float:
     return options.min_lr + (options.lr - options.min_lr) * left
 
 
-class Flat:
-    """Parameters laid one after the other in one tensor, and their gradients in another.
-
-    The parameters become views, so that the whole group is updated, cleared and measured by one operation
-    each: on a small model the many small operations would take longer than the arithmetic.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.data = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-        self.data.grad = torch.zeros_like(self.data)
-        at = 0
-        for parameter in parameters:
-            end = at + parameter.numel()
-            parameter.data = self.data.detach()[at:end].view_as(parameter)
-            parameter.grad = self.data.grad[at:end].view_as(parameter)
-            at = end
-
-
 class Optimizers:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    Decoupled weight decay acts on matrices only (embeddings among them), never on gains and biases. Unless
-    the parameters are shards (``fsdp``) they are laid flat. Muon's step has the size of AdamW's
-    (``match_rms_adamw``), so that one learning rate suits both.
+    Decoupled weight decay acts on matrices only (embeddings among them), never on gains and biases. Muon's
+    step has the size of AdamW's (``match_rms_adamw``), so that one learning rate suits both.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions, device: torch.device) -> None:
@@ -62,22 +40,19 @@ class Optimizers:
         others = {id(p) for p in hidden}
         decayed = [p for _, p in named if p.dim() >= 2 and id(p) not in others]
         plain = [p for _, p in named if p.dim() < 2]
-        self.flat: list[Tensor] = []
-        sharded = options.parallel == "fsdp" and torch.distributed.is_initialized()
+        self._sharded = options.parallel == "fsdp" and torch.distributed.is_initialized()
         self.parameters: list[nn.Parameter] = [p for _, p in named]
-        groups: list[dict[str, Any]] = []
-        for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0)):
-            if parameters and not sharded:
-                parameters = [self._flatten(parameters)]
-            if parameters:
-                groups.append({"params": parameters, "weight_decay": decay})
+        groups = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, options.weight_decay), (plain, 0.0))
+            if parameters
+        ]
         self.optimizers: list[torch.optim.Optimizer] = []
         if groups:
             betas = (options.beta1, options.beta2)
-            fused = device.type in ("cpu", "cuda") and not sharded
+            fused = device.type in ("cpu", "cuda") and not self._sharded
             self.optimizers.append(torch.optim.AdamW(groups, lr=options.lr or 0.0, betas=betas, fused=fused))
         if hidden:
-            self._flatten(hidden)
             muon = torch.optim.Muon(
                 hidden,
                 lr=options.lr or 0.0,
@@ -86,13 +61,6 @@ class Optimizers:
                 adjust_lr_fn="match_rms_adamw",
             )
             self.optimizers.append(muon)
-        self._sharded = sharded
-
-    def _flatten(self, parameters: Sequence[nn.Parameter]) -> nn.Parameter:
-        flat = Flat(parameters)
-        assert flat.data.grad is not None
-        self.flat.append(flat.data.grad)
-        return flat.data
 
     def set_learning_rate(self, value: float) -> None:
         for optimizer in self.optimizers:
@@ -104,11 +72,10 @@ class Optimizers:
         if self._sharded:
             norm = nn.utils.clip_grad_norm_(self.parameters, limit or math.inf)
             return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in self.flat]))
-        if limit:
-            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-            for grad in self.flat:
-                grad.mul_(scale)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        if limit and (norm.device.type != "cpu" or norm.item() > limit):  # a GPU is not waited for
+            torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def step(self, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -119,8 +86,5 @@ class Optimizers:
                 scaler.step(optimizer)
 
     def zero_grad(self) -> None:
-        if self._sharded:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-        for grad in self.flat:
-            grad.zero_()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)

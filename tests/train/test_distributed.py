@@ -1,53 +1,59 @@
-"""Two processes of torchrun give the losses of one."""
+"""Two processes give the losses of one."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from pyengine.train.options import TrainOptions  # noqa: E402
 from pyengine.train.run import train  # noqa: E402
+from tests.train import processes  # noqa: E402
 from tests.train.helpers import ENVIRONMENT, command_line, read_log, tiny_options  # noqa: E402
 
+CHANGES: dict[str, Any] = {"eval_every": 4, "grad_accum": 2, "sample_tokens": 4}
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes(text_file: str, tmp_path: Path, parallel: str) -> None:
-    one = tiny_options(text_file, tmp_path / "one", steps=8, eval_every=4, grad_accum=2)
-    train(one, quiet=True)
-    two = tiny_options(
-        text_file, tmp_path / "two", steps=8, eval_every=4, grad_accum=2, parallel=parallel, sample_tokens=4
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    result = subprocess.run(
-        [*torchrun, "-m", "pyengine.train", *command_line(two)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+
+def run_two(options: TrainOptions) -> None:
+    """As torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [processes.start(options, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for process in both:
+        process.join(100)
+    assert [process.exitcode for process in both] == [0, 0]
+
+
+def check_equal(ours: Path, theirs: Path) -> None:
     for name in ("train_loss", "val_loss"):
-        ours, theirs = (
-            [row[name] for row in read_log(o) if name in row] for o in (tmp_path / "one", tmp_path / "two")
-        )
-        assert len(ours) == len(theirs) > 1
-        np.testing.assert_allclose(theirs, ours, atol=1e-5)
-    if parallel == "fsdp":  # goes on from gathered shards
-        more = tiny_options(
-            text_file,
-            tmp_path / "two",
-            steps=10,
-            eval_every=4,
-            grad_accum=2,
-            parallel=parallel,
-            resume="auto",
-        )  # noqa: E501
-        subprocess.run(
-            [*torchrun, "-m", "pyengine.train", *command_line(more)], env=ENVIRONMENT, check=True, timeout=200
-        )  # noqa: E501
-        assert read_log(tmp_path / "two")[-1]["step"] == 10
+        first, second = ([row[name] for row in read_log(out) if name in row] for out in (ours, theirs))
+        assert len(first) == len(second) > 1
+        np.testing.assert_allclose(second, first, atol=1e-5)
+
+
+def test_torchrun(text_file: str, tmp_path: Path) -> None:
+    train(tiny_options(text_file, tmp_path / "one", steps=8, **CHANGES), quiet=True)
+    options = command_line(tiny_options(text_file, tmp_path / "two", steps=8, **CHANGES))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*torchrun, "-m", "pyengine.train", *options]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_equal(tmp_path / "one", tmp_path / "two")
+
+
+def test_shards(text_file: str, tmp_path: Path) -> None:
+    """FSDP, with the end of the run after a resume from gathered shards."""
+    train(tiny_options(text_file, tmp_path / "one", steps=8, schedule="constant", **CHANGES), quiet=True)
+    for steps in (4, 8):
+        changes = {**CHANGES, "schedule": "constant", "parallel": "fsdp", "resume": "auto"}
+        run_two(tiny_options(text_file, tmp_path / "two", steps=steps, **changes))
+    check_equal(tmp_path / "one", tmp_path / "two")

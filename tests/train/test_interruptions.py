@@ -7,6 +7,8 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from pyengine.train.checkpoint import load_state  # noqa: E402
 from pyengine.train.files import write_atomically  # noqa: E402
 from pyengine.train.options import TrainOptions  # noqa: E402
 from pyengine.train.run import train  # noqa: E402
+from tests.train import processes  # noqa: E402
 from tests.train.helpers import (  # noqa: E402
     ENVIRONMENT,
     PYTHON,
@@ -35,50 +38,47 @@ def weights(out: Path) -> dict[str, Any]:
     return state
 
 
-def start(options: TrainOptions) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [*PYTHON, *command_line(options)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+def lines(out: Path) -> int:
+    """Complete lines of the log, which are the steps done where each is logged."""
+    file = out / "log.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def wait_for_step(out: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+def wait_for_step(out: Path, step: int, status: Callable[[], int | None]) -> None:
+    """``status()`` is None while the run goes on."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        file = out / "log.jsonl"
-        if file.exists() and file.read_bytes().count(b"\n") >= step:
+    while time.monotonic() < deadline and status() is None:
+        if lines(out) >= step:
             return
-        time.sleep(0.005)
-    raise AssertionError(f"ended with {process.poll()}: {process.stderr and process.stderr.read().decode()}")
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached in {lines(out)} lines; status {status()}")
 
 
-def test_resume_after_kill_is_exact(text_file: str, tmp_path: Path) -> None:
-    """SIGKILL at a random moment; what goes on from there gives the losses of a run that was left alone."""
+def test_resume_after_ten_kills_is_exact(text_file: str, tmp_path: Path) -> None:
+    """SIGKILL at ten random moments; going on from there gives the losses of a run that was left alone."""
 
     def options(name: str) -> TrainOptions:
-        return tiny_options(
-            text_file,
-            tmp_path / name,
-            steps=400,
-            eval_every=20,
-            save_every=7,
-            dropout=0.1,
-            grad_accum=2,
-            resume="auto",
-        )
+        changes = {"steps": 240, "eval_every": 20, "save_every": 7, "dropout": 0.1, "grad_accum": 2}
+        return tiny_options(text_file, tmp_path / name, optimizer="muon", resume="auto", **changes)
 
     train(options("whole"), quiet=True)
-    rng = random.Random(5)
-    process = start(options("killed"))
-    wait_for_step(tmp_path / "killed", 20, process)
-    time.sleep(rng.random() / 5)
-    process.kill()
-    process.communicate()
-    first = read_log(tmp_path / "killed")
-    assert 20 <= len(first) < 400
+    out = tmp_path / "killed"
+    rng = random.Random("ten moments")
+    reached: list[int] = []
+    for _ in range(10):
+        saved = load_state(out)["step"] if reached and (out / "state/checkpoint.pt").exists() else 0
+        process = processes.start(options("killed"))
+        wait_for_step(out, saved + rng.randrange(1, 20), partial(getattr, process, "exitcode"))
+        time.sleep(rng.random() / 50)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        reached.append(lines(out))
+    assert len(set(reached)) > 3 and max(reached) < 240
     train(options("killed"), quiet=True)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(value, weights(tmp_path / "killed")[name]), name
+        assert torch.equal(value, weights(out)[name]), name
 
 
 class Killed(BaseException):
@@ -92,7 +92,7 @@ def test_resume_from_anywhere_is_exact(
     """Ends ten times in the middle of a step, an evaluation or a write, and goes on each time."""
 
     def options(name: str) -> TrainOptions:
-        changes = {"steps": 60, "eval_every": 9, "save_every": 4, "dropout": 0.1, "log_every": 3}
+        changes = {"steps": 50, "eval_every": 9, "save_every": 4, "dropout": 0.1, "log_every": 3}
         return tiny_options(
             text_file, tmp_path / name, optimizer=optimizer, sample_tokens=3, resume="auto", **changes
         )
@@ -143,18 +143,31 @@ def test_resume_from_anywhere_is_exact(
     assert (tmp_path / "killed/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_first(text_file: str, out: Path, number: int, status: int) -> None:
-    options = tiny_options(text_file, out, steps=100_000, eval_every=100_000)
-    process = start(options)
-    wait_for_step(out, 3, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    rows = read_log(out)
-    assert b"--resume auto goes on" in errors
-    assert load_state(out)["step"] == rows[-1]["step"] >= 3
+def check_saved(out: Path) -> None:
+    assert load_state(out)["step"] == read_log(out)[-1]["step"] >= 3
     assert (out / "last/model.safetensors").is_file()
+
+
+def test_sigint_saves_first(text_file: str, out: Path) -> None:
+    options = tiny_options(text_file, out, steps=100_000, eval_every=100_000)
+    process = subprocess.Popen(
+        [*PYTHON, *command_line(options)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    wait_for_step(out, 3, process.poll)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"--resume auto goes on" in errors
+    check_saved(out)
+
+
+def test_sigterm_saves_first(text_file: str, out: Path) -> None:
+    process = processes.start(tiny_options(text_file, out, steps=100_000, eval_every=100_000))
+    wait_for_step(out, 3, lambda: process.exitcode)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    check_saved(out)
 
 
 def test_full_disk(text_file: str, out: Path) -> None:

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 
 from pyengine import LLM, SamplingParams  # noqa: E402
 from pyengine.errors import CheckpointError, ConfigError, TokenizerError  # noqa: E402
+from pyengine.train import loop  # noqa: E402
 from pyengine.train.data import Batches, Dataset  # noqa: E402
 from pyengine.train.model import GPT2, ModelConfig  # noqa: E402
 from pyengine.train.optim import learning_rate  # noqa: E402
@@ -165,10 +166,11 @@ def test_accumulation_is_a_larger_batch(text_file: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_early_stopping(text_file: str, out: Path) -> None:
-    options = tiny_options(text_file, out, steps=40, eval_every=2, patience=3, lr=3.0, warmup_steps=0)
-    result = train(options, quiet=True)
-    assert result.progress.step == result.progress.best_step + 6 < 40
+def test_early_stopping(text_file: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([3.0, 2.0, 2.5, 2.0, 2.1, 1.0])
+    monkeypatch.setattr(loop.Trainer, "evaluate", lambda _: next(losses))
+    result = train(tiny_options(text_file, out, steps=40, eval_every=2, patience=3), quiet=True)
+    assert (result.progress.best_step, result.progress.step) == (4, 10)
     assert (out / "last/model.safetensors").read_bytes() != (out / "model.safetensors").read_bytes()
 
 
