@@ -93,6 +93,7 @@ ops::Activation activation_from(const std::string& name);  // also "none"
 
 void bind_kv(py::module_& m);
 void bind_model(py::module_& m);
+void bind_device(py::module_& m);  // models on a device of their own
 void bind_sampling(py::module_& m);
 void bind_drafting(py::module_& m);
 void bind_quantize(py::module_& m);

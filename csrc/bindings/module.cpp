@@ -190,6 +190,7 @@ PYBIND11_MODULE(_C, m) {
   bind_sampling(m);
   bind_drafting(m);
   bind_model(m);
+  bind_device(m);
   bind_quantize(m);
   bind_text(m);
   py::module_ ops = m.def_submodule("ops", "Every operation of csrc/ops/ops.h, singly; for tests.");

@@ -49,24 +49,18 @@ void DeviceGPT2::run(const Batch& batch, const int32_t* rows, int32_t num_rows) 
 }
 
 void DeviceGPT2::step(ExecContext& ctx, Sampler& sampler, const Batch& batch,
-                      const int32_t* request_slot, StepResult& result, const ScoredRows& scored) {
+                      const int32_t* request_slot, StepResult& result, const ScoredRows& scored,
+                      const int32_t* num_drafts) {
   require_scored(config_, batch, scored);
-  rows_.clear();
-  sample_slots_.clear();
-  sample_positions_.clear();
-  for (int32_t b = 0; b < batch.num_seqs(); ++b) {
-    if (request_slot[b] < 0) continue;
-    sampler.require_slot(request_slot[b]);
-    rows_.push_back(batch.last_row(b));
-    sample_slots_.push_back(request_slot[b]);
-    sample_positions_.push_back(batch.context_len(b));
-  }
+  sampled_.choose(sampler, batch, request_slot, num_drafts);
+  rows_ = sampled_.rows;
   const auto num_sampled = static_cast<int32_t>(rows_.size());
   rows_.insert(rows_.end(), scored.rows, scored.rows + scored.num_rows);
   run(batch, rows_.data(), static_cast<int32_t>(rows_.size()));
   float* logits = num_sampled > 0 ? backend_->logits(0, num_sampled) : nullptr;
-  sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sample_slots_.data(),
-                 sample_positions_.data(), result);
+  sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sampled_.slots.data(),
+                 sampled_.positions.data(), result,
+                 num_drafts == nullptr ? nullptr : sampled_.drafts.data());
   score(ctx, num_sampled, scored, result);
 }
 

@@ -30,7 +30,7 @@ class DeviceGPT2 {
 
   // As GPT2's. `ctx` is what the sampler runs on.
   void step(ExecContext& ctx, Sampler& sampler, const Batch& batch, const int32_t* request_slot,
-            StepResult& result, const ScoredRows& scored = {});
+            StepResult& result, const ScoredRows& scored = {}, const int32_t* num_drafts = nullptr);
   void forward(const Batch& batch, const int32_t* rows, int32_t num_rows, float* logits);
 
  private:
@@ -42,7 +42,8 @@ class DeviceGPT2 {
   GPT2Config config_;
   std::unique_ptr<cuda::Backend> backend_;
   int32_t num_blocks_;
-  std::vector<int32_t> rows_, sample_slots_, sample_positions_, piece_rows_;
+  SampledRows sampled_;
+  std::vector<int32_t> rows_, piece_rows_;
   std::vector<double> log_totals_;
   std::vector<uint8_t> block_marks_;
 };

@@ -206,34 +206,40 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   return h;
 }
 
+void SampledRows::choose(const Sampler& sampler, const Batch& batch, const int32_t* request_slot,
+                         const int32_t* num_drafts) {
+  rows.clear();
+  slots.clear();
+  positions.clear();
+  drafts.clear();
+  const ops::RaggedBatch view = batch.view();
+  for (int32_t b = 0; b < batch.num_seqs(); ++b) {
+    if (request_slot[b] < 0) continue;
+    sampler.require_slot(request_slot[b]);
+    const int32_t guesses = num_drafts == nullptr ? 0 : num_drafts[b];
+    const int32_t last = batch.last_row(b);
+    if (guesses < 0 || guesses > last - view.query_start[b]) {
+      throw RequestError("sequence " + number(b) + " has " +
+                         number(last + 1 - view.query_start[b]) + " tokens, of which " +
+                         number(guesses) + " cannot be drafts");
+    }
+    for (int32_t row = last - guesses; row <= last; ++row) {
+      rows.push_back(row);
+      slots.push_back(request_slot[b]);
+      positions.push_back(view.positions[row] + 1);
+      drafts.push_back(row == last - guesses ? -1 : view.token_ids[row]);
+    }
+  }
+}
+
 void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& batch,
                 const int32_t* request_slot, StepResult& result, const ScoredRows& scored,
                 const int32_t* num_drafts) {
   ProfiledStep step(ctx.profile);
   require_fits(kv, batch);
   require_scored(config_, batch, scored);
-  rows_.clear();
-  sample_slots_.clear();
-  sample_positions_.clear();
-  sample_drafts_.clear();
-  const ops::RaggedBatch view = batch.view();
-  for (int32_t b = 0; b < batch.num_seqs(); ++b) {
-    if (request_slot[b] < 0) continue;
-    sampler.require_slot(request_slot[b]);
-    const int32_t drafts = num_drafts == nullptr ? 0 : num_drafts[b];
-    const int32_t last = batch.last_row(b);
-    if (drafts < 0 || drafts > last - view.query_start[b]) {
-      throw RequestError("sequence " + number(b) + " has " +
-                         number(last + 1 - view.query_start[b]) + " tokens, of which " +
-                         number(drafts) + " cannot be drafts");
-    }
-    for (int32_t row = last - drafts; row <= last; ++row) {
-      rows_.push_back(row);
-      sample_slots_.push_back(request_slot[b]);
-      sample_positions_.push_back(view.positions[row] + 1);
-      sample_drafts_.push_back(row == last - drafts ? -1 : view.token_ids[row]);
-    }
-  }
+  sampled_.choose(sampler, batch, request_slot, num_drafts);
+  rows_ = sampled_.rows;
   const auto num_sampled = static_cast<int32_t>(rows_.size());
   rows_.insert(rows_.end(), scored.rows, scored.rows + scored.num_rows);
   const auto num_rows = static_cast<int32_t>(rows_.size());
@@ -247,9 +253,9 @@ void GPT2::step(ExecContext& ctx, KVCache& kv, Sampler& sampler, const Batch& ba
     ops::head(ctx, h, num_sampled, head_, logits, block_max);
   }
   step.enter(Part::sampling, row_cost(num_sampled, config_.vocab_size, sizeof(float), 0));
-  sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sample_slots_.data(),
-                 sample_positions_.data(), result,
-                 num_drafts == nullptr ? nullptr : sample_drafts_.data(), block_max);
+  sampler.sample(ctx, logits, num_sampled, config_.vocab_size, sampled_.slots.data(),
+                 sampled_.positions.data(), result,
+                 num_drafts == nullptr ? nullptr : sampled_.drafts.data(), block_max);
   score(ctx, step, static_cast<const std::byte*>(h) + num_sampled * row_bytes(config_.n_embd),
         scored, result);
 }

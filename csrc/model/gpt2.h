@@ -52,6 +52,15 @@ struct ScoredRows {
 void require_rows(const Batch& batch, const int32_t* rows, int32_t num_rows);
 void require_scored(const GPT2Config& config, const Batch& batch, const ScoredRows& scored);
 
+// The rows of a batch that are sampled from, as GPT2::step describes them.
+struct SampledRows {
+  std::vector<int32_t> rows, slots, positions,
+      drafts;  // (R,); drafts as Sampler::sample takes them
+
+  void choose(const Sampler& sampler, const Batch& batch, const int32_t* request_slot,
+              const int32_t* num_drafts);
+};
+
 class GPT2 {
  public:
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
@@ -146,7 +155,8 @@ class GPT2 {
   Activations last_h_;     // (R, C) act
   Activations logits_;     // (R, V) f32
   Activations block_max_;  // (R, V / kLogitBlock) f32
-  std::vector<int32_t> rows_, sample_slots_, sample_positions_, sample_drafts_;
+  SampledRows sampled_;
+  std::vector<int32_t> rows_;        // the sampled rows and the scored ones
   std::vector<int32_t> top_ids_;     // (R, top_n) of scored rows
   std::vector<float> top_logprobs_;  // (R, top_n)
   ChosenRows chosen_;
