@@ -39,14 +39,17 @@ class LLM:
     """A GPT-2 checkpoint, ready to run.
 
     model: checkpoint directory, Hub id, or None for the bundled model.
-    device: "cpu".
+    device: "cpu", "cuda" (GPU 0, where pyengine was built with CUDA: docs/cuda.md), or "auto": CUDA where it
+        can be used, else the CPU.
     dtype: what to compute in; "auto" is bfloat16 for bfloat16 files, otherwise float32 (float16 files
-        included: a CPU has no float16 arithmetic worth using, so "float16" is refused).
+        included: a CPU has no float16 arithmetic worth using, so "float16" is refused). On CUDA "auto" is the
+        dtype of the file, and "float16" is allowed.
     quantization: "int8" or "int4": quantise the weights while loading, or None: as the checkpoint stores them
         (``pyengine-cli quantize`` writes quantised checkpoints). What is not an integer product is float32.
     kv_cache_dtype: how keys and values are kept: "auto" (as ``dtype``; bfloat16 with quantised weights),
         "float32", "bfloat16", or "int8"
-        with a float32 scale per token and head, about a quarter of float32's memory.
+        with a float32 scale per token and head, about a quarter of float32's memory. On CUDA: as ``dtype``,
+        or "int8".
     num_threads: worker threads [the processors this process may use].
     max_model_len: tokens of a sequence at most, prompt and new ones together [``n_positions``].
     max_num_seqs: sequences that run at once, each sample counting as one.
@@ -54,7 +57,8 @@ class LLM:
     kv_cache_memory: bytes, or text like "512MiB". The default holds ``max_num_seqs`` sequences of
         ``max_model_len`` tokens, but takes no more than 25 % of the memory available to the process
         (MemAvailable, or what its cgroup leaves if that is less), and holds at least one such sequence.
-        It is address space: memory is used as sequences grow into it, and then kept.
+        It is address space: memory is used as sequences grow into it, and then kept. On CUDA it is taken at
+        once, by default at most 90 % of what the weights and a step's buffers leave of the GPU's free memory.
     enable_prefix_caching: keep the keys and values of prompts for prompts that begin alike.
     max_queue_size: requests that wait in the engine's queue at most; others wait outside. ``stream`` returns,
         and ``astream`` goes on, when its request has entered.
@@ -107,6 +111,7 @@ class LLM:
         )
         self.path = loaded.checkpoint.path
         self.config = loaded.checkpoint.config
+        self.device = loaded.device
         self.dtype = loaded.dtype
         self.quantization = loaded.quantization
         self.kv_cache_dtype = loaded.kv_cache_dtype
@@ -123,7 +128,7 @@ class LLM:
     def __repr__(self) -> str:
         state = ", closed" if self._thread.is_over else ""
         return (
-            f"LLM({str(self.path)!r}, dtype={self.dtype!r}, "
+            f"LLM({str(self.path)!r}, device={self.device!r}, dtype={self.dtype!r}, "
             f"quantization={self.quantization!r}, kv_cache_dtype={self.kv_cache_dtype!r}, "
             f"num_threads={self.num_threads}, max_model_len={self.max_model_len}, "
             f"num_kv_blocks={self.num_kv_blocks}{state})"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from pyengine.backends import BackEnd, back_end
 from pyengine.codec import Codec
 from pyengine.decoding.resolve import GenerationDefaults
 from pyengine.decoding.speculative import SpeculativeConfig
@@ -17,7 +16,6 @@ from pyengine.engine.scheduler import blocks_for
 from pyengine.engine.speculation import Drafter, NgramDrafting, Speculator
 from pyengine.errors import ConfigError
 from pyengine.model.checkpoint import Checkpoint, load_checkpoint
-from pyengine.model.quantization import check_method
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class Loaded:
     codec: Codec
     engine: Engine
     defaults: GenerationDefaults
+    device: str
     dtype: str
     quantization: str | None
     kv_cache_dtype: str
@@ -48,7 +47,8 @@ def load(
     speculative_config: object = None,
 ) -> Loaded:
     """See ``LLM`` for the arguments and the errors."""
-    _check_back_end(device, dtype, quantization, kv_cache_dtype)
+    target = back_end(device)
+    target.check(dtype, quantization, kv_cache_dtype)
     if num_threads is not None:
         check_count("num_threads", num_threads, 1024)
     check_count("max_num_seqs", max_num_seqs, 2**20)
@@ -76,21 +76,26 @@ def load(
         max_model_len = config.n_positions
     check_count("max_model_len", max_model_len, config.n_positions)
     quantization = _check_quantization(checkpoint, dtype, quantization)
-    if dtype == "auto":
-        dtype = "float32" if quantization else checkpoint.auto_dtype
-    if kv_cache_dtype == "auto":
-        kv_cache_dtype = "bfloat16" if quantization else dtype
-    shape = (config.n_layer, config.n_head, config.head_dim)
+    dtype, kv_cache_dtype = target.dtypes(checkpoint, dtype, quantization, kv_cache_dtype)
     num_blocks = kv_blocks(
-        _C.KVCache.bytes_per_block(*shape, kv_cache_dtype),
+        target.block_bytes(checkpoint, kv_cache_dtype),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_memory=kv_cache_memory,
+        budget=target.kv_budget(checkpoint, dtype, max_num_seqs, max_num_batched_tokens),
     )
     context = _C.ExecContext(num_threads or 0)
+    model_in_memory, kv = target.model(
+        context,
+        checkpoint,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
+        num_blocks=num_blocks,
+    )
     core = Core(
-        model=_model(context, checkpoint, dtype, quantization),
-        kv=_C.KVCache(*shape, num_blocks, kv_cache_dtype),
+        model=model_in_memory,
+        kv=kv,
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, enable_prefix_caching),
         batch=_C.Batch,
@@ -102,27 +107,29 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     if speculative is not None:
-        drafter = _drafter(speculative, core, config.vocab_size, dtype, engine, max_num_seqs)
+        drafter = _drafter(speculative, core, target, config.vocab_size, dtype, engine, max_num_seqs)
         engine.speculator = Speculator(drafter, speculative.num_tokens)
     return Loaded(
-        checkpoint, codec, engine, defaults, dtype, quantization, kv_cache_dtype, context.num_threads
+        checkpoint,
+        codec,
+        engine,
+        defaults,
+        target.device,
+        dtype,
+        quantization,
+        kv_cache_dtype,
+        context.num_threads,
     )
 
 
-def _model(context: Any, checkpoint: Checkpoint, dtype: str, quantization: str | None) -> Any:
-    from pyengine import _C
-
-    weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
-    if quantization != checkpoint.quantization:
-        from pyengine.model.quantize import quantize_weights
-
-        assert quantization is not None  # _check_quantization
-        weights = quantize_weights(context, checkpoint, quantization)
-    return _C.Model(context, checkpoint.config.kernel_config(), weights, dtype)
-
-
 def _drafter(
-    wanted: SpeculativeConfig, core: Core, vocab_size: int, dtype: str, engine: Engine, max_num_seqs: int
+    wanted: SpeculativeConfig,
+    core: Core,
+    target: BackEnd,
+    vocab_size: int,
+    dtype: str,
+    engine: Engine,
+    max_num_seqs: int,
 ) -> Drafter:
     from pyengine import _C
 
@@ -139,17 +146,23 @@ def _drafter(
             f"model that it is to draft for one of {vocab_size}: both must belong to the same tokenizer"
         )
     if wanted.quantization is not None:
-        check_method(wanted.quantization)
+        target.check("auto", wanted.quantization, "auto")
     quantization = _check_quantization(checkpoint, "auto", wanted.quantization)
-    dtype = "float32" if quantization else dtype
-    shape = (config.n_layer, config.n_head, config.head_dim)
-    kv_dtype = "bfloat16" if quantization else dtype
+    dtype, kv_dtype = target.dtypes(checkpoint, "auto" if quantization else dtype, quantization, "auto")
     max_model_len = min(engine.max_model_len, config.n_positions)
     # As many tokens as the model itself keeps; a sequence that finds no room goes without drafts.
     num_blocks = min(core.manager.num_blocks, max_num_seqs * blocks_for(max_model_len))
+    model, kv = target.model(
+        core.model.context,
+        checkpoint,
+        dtype=dtype,
+        quantization=quantization,
+        kv_cache_dtype=kv_dtype,
+        num_blocks=num_blocks,
+    )
     small = Core(
-        model=_model(core.model.context, checkpoint, dtype, quantization),
-        kv=_C.KVCache(*shape, num_blocks, kv_dtype),
+        model=model,
+        kv=kv,
         sampler=_C.Sampler(max_num_seqs),
         manager=_C.BlockManager(num_blocks, False),
         batch=_C.Batch,
@@ -176,23 +189,3 @@ def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | 
 def check_count(field: str, value: object, high: int, *, low: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ConfigError(f"{field}={value!r}: must be an integer from {low} to {high}")
-
-
-def _check_back_end(device: str, dtype: str, quantization: str | None, kv_cache_dtype: str) -> None:
-    if device == "cuda":
-        raise ConfigError('device="cuda": this build of pyengine has no CUDA back end; use device="cpu"')
-    if device != "cpu":
-        raise ConfigError(f'device={device!r}: must be "cpu"')
-    if dtype == "float16":
-        raise ConfigError(
-            'dtype="float16": the CPU computes in float32 or bfloat16; with dtype="auto", '
-            "float16 files run in float32"
-        )
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise ConfigError(f'dtype={dtype!r}: must be "auto", "float32" or "bfloat16"')
-    if quantization is not None:
-        check_method(quantization)
-    if kv_cache_dtype not in ("auto", "float32", "bfloat16", "int8"):
-        raise ConfigError(
-            f'kv_cache_dtype={kv_cache_dtype!r}: must be "auto", "float32", "bfloat16" or "int8"'
-        )

@@ -331,7 +331,6 @@ def test_a_cache_too_small_for_the_request(checkpoint: Callable[[str], Path]) ->
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
-        ("device", "cuda"),
         ("device", "tpu"),
         ("dtype", "float16"),
         ("dtype", "int8"),

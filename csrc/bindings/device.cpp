@@ -31,6 +31,7 @@ class PyDeviceModel {
     const GPT2Config c = config_from(py::dict(config));
     const DType kv = kv_cache_dtype == "int8" ? DType::i8 : dtype_from(kv_cache_dtype);
     py::gil_scoped_release release;
+    c.require_valid();
     tensors.read([&] {
       auto backend = open_cuda_library(library).make(c, tensors.tensors(), dtype_, kv, num_blocks);
       model_.emplace(c, std::move(backend), num_blocks);
@@ -78,7 +79,12 @@ void bind_device(py::module_& m) {
   using py::arg;
   m.def(
       "cuda_device",
-      [](const std::string& library) { return describe(open_cuda_library(library).find()); },
+      [](const std::string& path) {
+        const cuda::Library& library = open_cuda_library(path);
+        py::dict d = describe(library.find());
+        d["architectures"] = library.architectures;
+        return d;
+      },
       arg("library"));
   py::class_<PyDeviceModel>(m, "DeviceModel")
       .def(py::init<py::object, const py::object&, const py::object&, const std::string&,

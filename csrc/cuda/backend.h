@@ -37,9 +37,9 @@ class Backend {
   virtual float* logits(int32_t first, int32_t n) = 0;
 };
 
-// Tensors as GPT2's constructor takes them; they are not needed afterwards. `act`: f32, f16 or
-// bf16; `kv`: act or i8. Throws ConfigError where the device or the model does not fit,
-// CheckpointError, OutOfMemory.
+// Tensors as GPT2's constructor takes them; they are not needed afterwards. `config` is valid.
+// `act`: f32, f16 or bf16; `kv`: act or i8. Throws ConfigError where the device or the model does
+// not fit, CheckpointError, OutOfMemory.
 std::unique_ptr<Backend> make_backend(const GPT2Config& config,
                                       const std::map<std::string, TensorView>& tensors, DType act,
                                       DType kv, int32_t num_blocks);
@@ -56,6 +56,7 @@ struct Library {
            batch_bytes = sizeof(ops::RaggedBatch), tensor_bytes = sizeof(TensorView);
   decltype(&make_backend) make = nullptr;
   decltype(&find_device) find = nullptr;
+  const char* architectures = "";  // compute capabilities that it has code for, as 75;80
 };
 
 }  // namespace pyengine::cuda

@@ -153,7 +153,6 @@ class Model final : public Backend {
 };
 
 void Model::require_fits() const {
-  config_.require_valid();
   if (act_ == DType::bf16 && device_.major < 8) {
     throw ConfigError("dtype is bfloat16, but " + device_.name + " has compute capability " +
                       number(device_.major) + "." + number(device_.minor) +
@@ -406,6 +405,7 @@ pyengine_cuda_library() {
     pyengine::cuda::Library l;
     l.make = &pyengine::cuda::make_backend;
     l.find = &pyengine::cuda::find_device;
+    l.architectures = pyengine::cuda::kArchitectures;
     return l;
   }();
   return &library;

@@ -47,10 +47,14 @@ DeviceInfo open_device() {
   info.minor = properties.minor;
   info.multiprocessors = properties.multiProcessorCount;
   info.shared_limit = properties.sharedMemPerBlockOptin;
-  if (info.major * 10 + info.minor < 75) {
-    throw ConfigError("device=\"cuda\": " + info.name + " has compute capability " +
-                      std::to_string(info.major) + "." + std::to_string(info.minor) +
-                      ", but 7.5 or higher is needed");
+  const int capability = info.major * 10 + info.minor;
+  const std::string has = "device=\"cuda\": " + info.name + " has compute capability " +
+                          std::to_string(info.major) + "." + std::to_string(info.minor);
+  if (capability < 75) throw ConfigError(has + ", but 7.5 or higher is needed");
+  if (capability < kLowestArchitecture) {
+    throw ConfigError(has + ", but this build has code for " + kArchitectures +
+                      " and later; install pyengine again with PYENGINE_CUDA_ARCHITECTURES=" +
+                      std::to_string(capability));
   }
   require_success(cudaMemGetInfo(&info.free_memory, &info.total_memory), "asking for free memory");
   return info;

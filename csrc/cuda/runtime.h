@@ -14,6 +14,15 @@
 
 namespace pyengine::cuda {
 
+// The compute capabilities that this library has code for; it runs on the lowest and all above it.
+#if defined(PYENGINE_CUDA_ARCHITECTURES)
+constexpr const char* kArchitectures = PYENGINE_CUDA_ARCHITECTURES;
+constexpr int kLowestArchitecture = PYENGINE_CUDA_LOWEST_ARCHITECTURE;
+#else
+constexpr const char* kArchitectures = "75";
+constexpr int kLowestArchitecture = 75;
+#endif
+
 // Throws OutOfMemory or InternalError, with CUDA's name for it and what was being done.
 void require_success(cudaError_t error, const char* doing);
 
@@ -26,7 +35,7 @@ struct DeviceInfo {
 };
 
 // Chooses device 0. Throws ConfigError where there is none, the driver is too old for this build,
-// or the capability is below 7.5.
+// or the capability is below 7.5 or what this build has code for.
 DeviceInfo open_device();
 
 class Stream {

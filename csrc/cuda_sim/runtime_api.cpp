@@ -5,6 +5,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -20,10 +21,14 @@ struct Stream {
 };
 
 namespace {
+std::mutex memory_mutex;  // of the two below
 std::map<void*, size_t> allocations;
 size_t total_allocated = 0;
 
+// There is one device, on which the streams of several host threads take turns.
 void run(Stream& stream) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
   while (!stream.queue.empty()) {
     const std::function<void()> work = std::move(stream.queue.front());
     stream.queue.pop_front();
@@ -46,6 +51,10 @@ size_t allocated_bytes() { return total_allocated; }
 
 namespace sim = pyengine::sim;
 
+namespace {
+constexpr int kRuntimeVersion = 13000;
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorMemoryAllocation ? "out of memory" : "error on the simulator";
 }
@@ -54,6 +63,8 @@ const char* cudaGetErrorName(cudaError_t error) {
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 0;
+  if (sim::options().driver < kRuntimeVersion) return cudaErrorInsufficientDriver;
   *count = 1;
   return cudaSuccess;
 }
@@ -61,23 +72,28 @@ cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   std::memset(p, 0, sizeof *p);
   std::strcpy(p->name, "simulator");
-  p->major = 8;
+  p->major = sim::options().capability / 10;
+  p->minor = sim::options().capability % 10;
   p->totalGlobalMem = sim::options().device_memory;
   p->sharedMemPerBlockOptin = sim::options().shared_limit;
   p->multiProcessorCount = 4;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
+  *version = sim::options().driver;
   return cudaSuccess;
 }
-cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = kRuntimeVersion;
+  return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *total = sim::options().device_memory;
   *free = *total - sim::total_allocated;
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** p, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(sim::memory_mutex);
   if (sim::total_allocated + bytes > sim::options().device_memory) return cudaErrorMemoryAllocation;
   // Not a byte more than was asked for: AddressSanitizer's red zone begins where the buffer ends.
   if (posix_memalign(p, 256, bytes) != 0) return cudaErrorMemoryAllocation;
@@ -88,6 +104,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
 }
 cudaError_t cudaFree(void* p) {
   if (p == nullptr) return cudaSuccess;
+  const std::lock_guard<std::mutex> lock(sim::memory_mutex);
   const auto found = sim::allocations.find(p);
   if (found == sim::allocations.end()) return cudaErrorInvalidValue;
   sim::total_allocated -= found->second;

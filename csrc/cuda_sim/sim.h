@@ -34,6 +34,7 @@ struct Options {
   uint32_t poison = 0xffffffffu;    // what memory holds before it is written: NaN
   size_t shared_limit = 99 * 1024;  // bytes of a block, as on sm_86 and sm_89
   size_t device_memory = size_t{1} << 33;
+  int capability = 80, driver = 13000;  // 0: no driver
 };
 Options& options();
 

@@ -34,7 +34,6 @@ class DeviceGPT2 {
   void forward(const Batch& batch, const int32_t* rows, int32_t num_rows, float* logits);
 
  private:
-  void require_fits(const Batch& batch);
   void run(const Batch& batch, const int32_t* rows, int32_t num_rows);
   // `first`: which of the last run's rows is the first of the scored ones.
   void score(ExecContext& ctx, int32_t first, const ScoredRows& scored, StepResult& result);

@@ -227,6 +227,16 @@ TEST(what_does_not_fit_is_refused) {
   CHECK_THROWS(make(odd, DType::f32, DType::f32, 4), CheckpointError, "h.2.ln_1.weight");
   CHECK_THROWS(make(tiny(), DType::f32, DType::f32, 1 << 20), OutOfMemory, "the KV cache takes");
   CHECK_EQ(sim::allocated_bytes(), 0u);
+  sim::options().capability = 70;
+  CHECK_THROWS(cuda::find_device(), ConfigError, "7.5 or higher");
+  sim::options().capability = 75;
+  CHECK_EQ(cuda::find_device().minor, 5);
+  CHECK_THROWS(make(tiny(), DType::bf16, DType::bf16, 4), ConfigError, "no bfloat16 arithmetic");
+  sim::options().driver = 12020;
+  CHECK_THROWS(cuda::find_device(), ConfigError, "supports CUDA 12.2");
+  sim::options().driver = 0;
+  CHECK_THROWS(cuda::find_device(), ConfigError, "no NVIDIA driver");
+  sim::options() = sim::Options();
   Pair pair;
   BatchBuilder b;
   b.add(random_tokens(1, 5, 101), 0, 5, {kBlocks});

@@ -389,3 +389,48 @@ class Model:
         tokens are guesses at what follows; each gets a row of the result (`Sampler.sample`)."""
     def forward(self, kv: KVCache, batch: Batch, rows: _Int32Buffer | None = None) -> npt.NDArray[np.float32]:
         """Logits (R, V) of the chosen rows of the batch, or of all T. For tests and custom processors."""
+
+def cuda_device(library: str) -> dict[str, Any]:
+    """GPU 0, as the library of the CUDA back end at that path sees it: "name", "capability" (major, minor),
+    "total_memory" and "free_memory" in bytes, "architectures" that the library has code for ("75;80").
+    ``ConfigError`` where the library or the GPU cannot be used."""
+
+class DeviceModel:
+    """A model on a GPU, which also keeps the KV cache. ``step`` and ``forward`` are those of `Model`, without
+    a KVCache; the sampler works on the host."""
+
+    def __init__(
+        self,
+        ctx: ExecContext,
+        config: Mapping[str, Any],
+        weights: Mapping[str, tuple[Buffer | npt.NDArray[Any], str, Sequence[int]]],
+        dtype: str,
+        kv_cache_dtype: str,
+        num_blocks: int,
+        library: str,
+    ) -> None:
+        """``config`` and ``weights`` as for `Model`; the weights are copied. ``dtype``: "float32", "float16"
+        or "bfloat16"; ``kv_cache_dtype``: the same, or "int8". ``ctx`` is what the sampler runs on."""
+    @property
+    def context(self) -> ExecContext: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def device(self) -> dict[str, Any]:
+        """"name", "capability", "total_memory", "free_memory", as before anything was loaded."""
+    def step(
+        self,
+        kv: None,
+        sampler: Sampler,
+        batch: Batch,
+        request_slot: _Int32Buffer,
+        score_rows: _Int32Buffer | None = None,
+        targets: _Int32Buffer | None = None,
+        top_n: int = 0,
+        num_drafts: _Int32Buffer | None = None,
+    ) -> StepResult: ...
+    def forward(
+        self, kv: None, batch: Batch, rows: _Int32Buffer | None = None
+    ) -> npt.NDArray[np.float32]: ...

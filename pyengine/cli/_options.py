@@ -20,11 +20,18 @@ model = click.option(
     metavar="PATH|ID",
     help="Checkpoint directory or Hub id.  [default: the bundled model]",
 )
+device = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda", "auto"]),
+    default="cpu",
+    help="Where to compute; auto: on the GPU, if there is one that can be used.",
+)
 dtype = click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Compute in this type; auto: bfloat16 for bfloat16 files, else float32.",
+    help="Compute in this type; auto: bfloat16 for bfloat16 files, else float32. float16: only on CUDA, and "
+    "there auto for float16 files.",
 )
 quantization = click.option(
     "--quantization",
@@ -33,7 +40,7 @@ quantization = click.option(
 )
 kv_cache_dtype = click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
     help="Store keys and values in this type; auto: as --dtype, or bfloat16 with quantised weights; "
     "int8: a quarter of float32's memory, "
@@ -61,7 +68,7 @@ threads = click.option(
 quiet = click.option("--quiet", "-q", is_flag=True, help="No summary and no progress on standard error.")
 json_lines = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per line.")
 
-_ENGINE = (model, dtype, quantization, kv_cache_dtype, kv_cache_memory, max_model_len, threads)
+_ENGINE = (model, device, dtype, quantization, kv_cache_dtype, kv_cache_memory, max_model_len, threads)
 
 
 def engine(function: Function) -> Function:
@@ -74,6 +81,7 @@ def engine(function: Function) -> Function:
 def open_llm(
     *,
     model: str | None,
+    device: str,
     dtype: str,
     quantization: str | None,
     kv_cache_dtype: str,
@@ -89,6 +97,7 @@ def open_llm(
         warnings.simplefilter("always", UserWarning)
         llm = pyengine.LLM(
             model,
+            device=device,
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,

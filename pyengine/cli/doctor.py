@@ -44,7 +44,7 @@ def command(threads: int | None, as_json: bool) -> None:
         "processor": _processor,
         "threads": _threads,
         "memory": _memory,
-        "cuda": lambda: {"available": False, "reason": "not in this build"},
+        "cuda": _cuda,
         "self_test": lambda: _self_test(threads),
     }
     report: dict[str, dict[str, Any]] = {}
@@ -135,6 +135,28 @@ def _memory() -> dict[str, Any]:
         "total_bytes": _kilobytes("MemTotal"),
         "available_bytes": _kilobytes("MemAvailable"),
         "cgroup_limit_bytes": int(limit) if limit.isdigit() else None,
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    from pyengine import cuda
+    from pyengine.errors import ConfigError
+
+    library = cuda.library()
+    if library is None:
+        return {"available": False, "reason": "not in this build", "how": "docs/cuda.md, Install"}
+    try:
+        gpu = cuda.find_device()
+    except ConfigError as error:  # no fault of the installation
+        return {"available": False, "reason": str(error), "library": str(library)}
+    return {
+        "available": True,
+        "name": gpu.name,
+        "capability": "{}.{}".format(*gpu.capability),
+        "total_bytes": gpu.total_memory,
+        "free_bytes": gpu.free_memory,
+        "library": str(library),
+        "architectures": gpu.architectures,
     }
 
 

@@ -20,7 +20,6 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_DEFAULT_SHARE = 4  # of the memory available: one part in four
 
 
 def parse_size(value: int | str, field: str = "kv_cache_memory") -> int:
@@ -47,9 +46,15 @@ def available_memory() -> int | None:
 
 
 def kv_blocks(
-    block_bytes: int, *, max_model_len: int, max_num_seqs: int, kv_cache_memory: int | str | None
+    block_bytes: int,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    kv_cache_memory: int | str | None,
+    budget: int | None,
 ) -> int:
-    """Blocks of the KV cache: what ``kv_cache_memory`` holds, or the default that ``LLM`` documents."""
+    """Blocks of the KV cache: what ``kv_cache_memory`` holds, or the default that ``LLM`` documents, which
+    takes no more than ``budget`` bytes."""
     if kv_cache_memory is not None:
         size = parse_size(kv_cache_memory)
         if size < block_bytes:
@@ -61,9 +66,8 @@ def kv_blocks(
         return min(size // block_bytes, 2**31 - 1)
     one = blocks_for(max_model_len)
     wanted = one * max_num_seqs
-    memory = available_memory()
-    if memory is not None:
-        wanted = min(wanted, memory // _DEFAULT_SHARE // block_bytes)
+    if budget is not None:
+        wanted = min(wanted, budget // block_bytes)
     return min(max(one, wanted), 2**31 - 1)
 
 

@@ -160,10 +160,8 @@ def test_doctor_finds_all_well(run: Run) -> None:
     assert report["memory"]["total_bytes"] is None or report["memory"]["total_bytes"] > 2**20
     assert report["threads"]["default"] == default_num_threads()
     assert isinstance(report["self_test"]["load_seconds"], float)
-    assert report["self_test"]["threads_agree"] and report["cuda"] == {
-        "available": False,
-        "reason": "not in this build",
-    }
+    assert report["self_test"]["threads_agree"]
+    assert report["cuda"]["available"] or report["cuda"]["reason"]
 
 
 def test_doctor_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

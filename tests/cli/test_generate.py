@@ -29,12 +29,13 @@ def test_options_reach_the_llm(run: Run, fake_llm: Fake) -> None:
     sampling = (
         "--max-tokens 7 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 5 --stop x --stop y --ignore-eos"
     )
-    numbers = "--model m --dtype bfloat16 --quantization int8 --kv-cache-dtype float32"
+    numbers = "--model m --device auto --dtype bfloat16 --quantization int8 --kv-cache-dtype float32"
     sizes = "--kv-cache-memory 8MiB --max-model-len 9 --threads 2"
     assert run("generate", *f"{sampling} {numbers} {sizes}".split(), "a").exit_code == 0
     (llm,) = fake_llm.made
     assert llm.model == "m"
     assert llm.settings == {
+        "device": "auto",
         "dtype": "bfloat16",
         "quantization": "int8",
         "kv_cache_dtype": "float32",

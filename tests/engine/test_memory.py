@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from pyengine import backends
 from pyengine.engine import memory
 from pyengine.errors import ConfigError
+from pyengine.model.checkpoint import load_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -36,8 +38,11 @@ def test_sizes_that_are_none(value: object) -> None:
 def blocks(
     available: int | None, monkeypatch: pytest.MonkeyPatch, kv_cache_memory: int | str | None = None
 ) -> int:
-    monkeypatch.setattr(memory, "available_memory", lambda: available)
-    return memory.kv_blocks(1000, max_model_len=100, max_num_seqs=4, kv_cache_memory=kv_cache_memory)
+    monkeypatch.setattr(backends, "available_memory", lambda: available)
+    budget = backends.Cpu().kv_budget(load_checkpoint(None), "float32", 4, 100)
+    return memory.kv_blocks(
+        1000, max_model_len=100, max_num_seqs=4, kv_cache_memory=kv_cache_memory, budget=budget
+    )
 
 
 def test_default_is_enough_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
