@@ -92,7 +92,10 @@ def test_examples_are_understood(where: str, line: str) -> None:
 
 def test_options_in_prose_exist() -> None:
     known = {
-        option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts
+        option
+        for command in COMMANDS.values()
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
     }
     for option in re.findall(r"`(--[a-z-]+)", (ROOT / "docs/cli.md").read_text()):
         assert option in known | {"--help", "--version"}, option

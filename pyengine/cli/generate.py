@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pyengine.cli import _options, _text
+from pyengine.cli import _options, _sampling, _text
 
 if TYPE_CHECKING:
     from pyengine.decoding.params import SamplingParams
-    from pyengine.outputs import CompletionOutput, Logprob, RequestOutput
+    from pyengine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 
 Prompt = str | list[int] | None  # None: from BOS
+
+_prompt_option = _options.in_section("Prompts")
+_output_option = _options.in_section("Output")
 
 _EPILOG = """\b
 Examples:
@@ -25,12 +28,17 @@ Examples:
   echo "It was a dark and stormy night" | pyengine-cli generate - > story.txt
   pyengine-cli generate --file prompts.txt --json > results.jsonl
   pyengine-cli generate --ids --json 15496,11,616,3290
+  pyengine-cli generate --num-beams 4 --length-penalty 0.8 "The old house"
+  pyengine-cli generate --min-p 0.05 --repetition-penalty 1.1 --stop "." --stop "!" "The old house"
+  pyengine-cli generate --regex "[0-9]{4}-[0-9]{2}-[0-9]{2}" "The date is "
+  pyengine-cli generate --speculative-method ngram --file prompts.txt
 
 \b
 Standard output: the new text (with --echo after the prompt); for several texts a line ==> NUMBER: PROMPT <==
 before each; with --json a line for each continuation, with the fields prompt_index, index, prompt,
 prompt_token_ids, text, token_ids, finish_reason ("stop", "length"; "abort" after Ctrl-C), stop_reason, seed,
-logprobs (if asked for) and metrics (seconds and token counts of the prompt).
+score (of beams), logprobs and prompt_logprobs (if asked for), and metrics (seconds and token counts of the
+prompt).
 Standard error: a summary (tokens/s are new tokens over the whole time, that of the prompts included), and a
 progress bar for several prompts on a terminal.
 
@@ -38,63 +46,29 @@ progress bar for several prompts on a terminal.
 --file takes one prompt per line, blank lines skipped. Files ending in .jsonl or .ndjson, and standard input
 that begins with {, hold one JSON object per line with a "prompt": a string or a list of token ids (other
 fields are not read).
-Defaults that are the checkpoint's come from its generation_config.json.
+What docs/decoding.md says about the fields of SamplingParams holds for the options of their names.
 """
 
 
-@click.command(context_settings=_options.CONTEXT_SETTINGS, epilog=_EPILOG)
+@click.command(cls=_options.SectionedCommand, context_settings=_options.CONTEXT_SETTINGS, epilog=_EPILOG)
 @click.argument("prompts", nargs=-1, metavar="[PROMPTS]...")
-@click.option(
+@_prompt_option(
     "--file", "-f", metavar="PATH", help="More prompts, one per line or JSON lines; - is standard input."
 )
-@click.option(
-    "--max-tokens", type=int, metavar="N", help="New tokens at most.  [default: the checkpoint's, else 128]"
-)
-@click.option("--max-length", type=int, metavar="N", help="Tokens at most, those of the prompt included.")
-@click.option(
-    "--temperature",
-    type=float,
-    metavar="T",
-    help="0: always the likeliest token; higher: more surprising.  [default: the checkpoint's, else 1]",
-)
-@click.option(
-    "--top-k",
-    type=int,
-    metavar="K",
-    help="Sample among the K likeliest tokens; 0: all.  [default: the checkpoint's]",
-)
-@click.option(
-    "--top-p",
-    type=float,
-    metavar="P",
-    help="Sample among the likeliest tokens that reach probability P together.  [default: the checkpoint's]",
-)
-@click.option(
-    "--seed", type=int, metavar="N", help="The same seed, the same text.  [default: a fresh one, in --json]"
-)
-@click.option("--n", type=int, default=1, metavar="N", help="Continuations of each prompt.")
-@click.option(
-    "--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."
-)
-@click.option(
-    "--truncate-prompt-tokens", type=int, metavar="N", help="Keep only the last N tokens of each prompt."
-)
-@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
-@click.option(
-    "--logprobs", type=int, metavar="N", help="With --json: log-probabilities of each token and the N best."
-)
-@click.option(
+@_prompt_option(
     "--ids", is_flag=True, help="PROMPTS are token ids, e.g. 15496,11 (for models without a tokenizer)."
 )
-@click.option("--echo", is_flag=True, help="Print the prompt in front of its continuation.")
-@click.option(
+@_sampling.every_control
+@_output_option("--echo", is_flag=True, help="Print the prompt in front of its continuation.")
+@_output_option(
     "--stream/--no-stream",
     default=None,
     help="Print as it is generated, or when complete.  [default: stream one continuation without --json]",
 )
-@_options.engine
 @_options.json_lines
 @_options.quiet
+@_options.speculation
+@_options.engine
 def command(
     prompts: tuple[str, ...],
     file: str | None,
@@ -103,34 +77,25 @@ def command(
     stream: bool | None,
     as_json: bool,
     quiet: bool,
-    stop: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Continue each of PROMPTS; - is all of standard input, and without a prompt the model starts by itself.
 
-    Sampling follows the options, else the checkpoint's generation_config.json, else temperature 1.
+    The text is chosen as the options say, where they do not as the checkpoint's generation_config.json says,
+    else at temperature 1.
     """
-    sampling = {name: options.pop(name) for name in _SAMPLING}
-    if sampling["logprobs"] is not None and not as_json:
-        raise click.UsageError("--logprobs needs --json: plain text has no place for numbers.")
-    if sampling["max_tokens"] is not None and sampling["max_length"] is not None:
-        raise click.UsageError(
-            "--max-tokens counts new tokens, --max-length all of them: give one of the two."
-        )
+    params = _sampling.take_params(options)
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None and not as_json:
+            option = name.replace("_", "-")
+            raise click.UsageError(f"--{option} needs --json: plain text has no place for numbers.")
     listed: list[Prompt] = list(_text.collect_prompts(prompts, file, ids)) or [None]
-    single = len(listed) == 1 and sampling["n"] == 1
+    single = len(listed) == 1 and params.n == params.num_beams == 1 and params.best_of in (None, 1)
     if stream and (as_json or not single):
         raise click.UsageError(
-            "--stream prints one continuation as it grows: not with --json, --n or more prompts."
+            "--stream prints one continuation as it grows: not with --json, --n, --best-of, --num-beams or "
+            "more prompts."
         )
-
-    from pyengine.decoding.params import SamplingParams
-    from pyengine.errors import RequestError
-
-    try:
-        params = SamplingParams(stop=stop, **sampling)
-    except RequestError as error:
-        raise click.UsageError(str(error)) from None
     _text.prepare_output()
     start = time.perf_counter()
     llm = _options.open_llm(**options)
@@ -150,20 +115,6 @@ def command(
             _text.note(summary.line())
 
 
-_SAMPLING = (
-    "max_tokens",
-    "max_length",
-    "temperature",
-    "top_k",
-    "top_p",
-    "seed",
-    "n",
-    "ignore_eos",
-    "logprobs",
-    "truncate_prompt_tokens",
-)
-
-
 class _Summary:
     """What the line on standard error says. The clock starts when the model is loaded."""
 
@@ -173,16 +124,27 @@ class _Summary:
         self.first_token: float | None = None  # seconds after the start
         self.prompt_tokens: int | None = None  # None: not known yet
         self.new_tokens = 0
+        self.draft_tokens = self.accepted_tokens = 0
         self.interrupted = False
+
+    def add(self, metrics: RequestMetrics) -> None:
+        """A request has ended."""
+        self.prompt_tokens = (self.prompt_tokens or 0) + metrics.prompt_tokens
+        self.draft_tokens += metrics.draft_tokens
+        self.accepted_tokens += metrics.accepted_tokens
 
     def line(self) -> str:
         seconds = time.perf_counter() - self.start
         prompt = "" if self.prompt_tokens is None else f"{self.prompt_tokens} prompt + "
         first = "" if self.first_token is None else f"first token {self.first_token * 1e3:.1f} ms, "
+        guessed = ""
+        if self.draft_tokens:
+            guessed = f", {self.accepted_tokens} of {self.draft_tokens} guessed tokens were right"
         return (
             f"{'interrupted: ' if self.interrupted else ''}"
             f"{prompt}{self.new_tokens} new tokens, {first}"
             f"{self.new_tokens / seconds:.1f} tokens/s in {seconds:.2f} s (loading {self.loaded:.2f} s)"
+            f"{guessed}"
         )
 
 
@@ -207,7 +169,7 @@ def _stream(llm: Any, prompt: Prompt, params: SamplingParams, echo: bool, summar
     finally:
         click.echo()
     if output is not None:
-        summary.prompt_tokens = output.metrics.prompt_tokens
+        summary.add(output.metrics)
 
 
 def _generate(
@@ -221,7 +183,7 @@ def _generate(
         bar = ProgressBar(len(prompts))
 
     def on_output(index: int, output: RequestOutput) -> None:
-        summary.prompt_tokens = (summary.prompt_tokens or 0) + output.metrics.prompt_tokens
+        summary.add(output.metrics)
         summary.new_tokens += output.metrics.new_tokens
         if output.metrics.ttft is not None and summary.first_token is None:
             summary.first_token = output.metrics.ttft
@@ -279,6 +241,13 @@ def _json_row(prompt_index: int, output: RequestOutput, sample: CompletionOutput
         "seed": sample.seed,
         "metrics": vars(output.metrics),
     }
+    if sample.score is not None:
+        row["score"] = sample.score
+    if output.prompt_logprobs is not None:
+        row["prompt_logprobs"] = [
+            None if entry is None else _json_logprobs(token, entry)
+            for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        ]
     if sample.logprobs is not None:
         row["cumulative_logprob"] = sample.cumulative_logprob
         row["logprobs"] = [

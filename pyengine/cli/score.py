@@ -24,8 +24,9 @@ Examples:
   pyengine-cli score --file sentences.txt --json | jq .perplexity
 
 \b
-Standard output: a row for each token (position, id, piece, natural logarithm of its probability, the
-probability), then a line of totals. With --choice: the choices, likeliest first.
+Standard output: a row for each token (position, id, natural logarithm of its probability, the probability,
+its piece; with --top-logprobs the best tokens there), then a line of totals. With --choice: the choices,
+likeliest first.
 A text longer than the context is scored in overlapping windows. The first token of a text follows nothing
 and has no probability unless the tokenizer, or --add-bos, puts a token in front.
 Standard error: a progress bar for several texts, or a long one, on a terminal.
@@ -44,6 +45,15 @@ _LONG = 10_000  # characters (or token ids) of a text that takes a while
 )
 @click.option("--ids", is_flag=True, help="TEXTS, continuation and choices are token ids, e.g. 15496,11.")
 @click.option("--add-bos", is_flag=True, help="Put the model's BOS token in front of each text.")
+@click.option(
+    "--top-logprobs", type=int, default=0, metavar="N", help="Show the N best tokens at each place, too."
+)
+@click.option(
+    "--stride",
+    type=int,
+    metavar="N",
+    help="How far apart the windows of texts are that the context does not hold.  [default: half of it]",
+)
 @_options.engine
 @_options.json_lines
 @_options.quiet
@@ -54,6 +64,8 @@ def command(
     choices: tuple[str, ...],
     ids: bool,
     add_bos: bool,
+    top_logprobs: int,
+    stride: int | None,
     as_json: bool,
     quiet: bool,
     **engine: Any,
@@ -67,6 +79,8 @@ def command(
         raise click.UsageError("--continuation scores one text, --choice ranks several: give one of the two.")
     if len(choices) == 1:
         raise click.UsageError("--choice: at least two choices are needed to rank them.")
+    if choices and (top_logprobs or stride is not None):
+        raise click.UsageError("--choice ranks choices: --top-logprobs and --stride are for texts.")
     prompts = _text.collect_prompts(texts, file, ids)
     if not prompts:
         raise click.UsageError("Nothing to score: give TEXTS, --file, or - for standard input.")
@@ -109,11 +123,19 @@ def command(
         else:
             following = None if continuation is None else [parse(continuation)] * len(prompts)
             progress = bar.advance if bar else False
-            llm.score(prompts, following, add_bos=add_bos, progress=progress, on_output=show_score)
+            llm.score(
+                prompts,
+                following,
+                add_bos=add_bos,
+                stride=stride,
+                top_logprobs=top_logprobs,
+                progress=progress,
+                on_output=show_score,
+            )
 
 
 def _score_row(score: ScoreOutput, continuation: str | None) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "continuation": continuation,
         "token_ids": score.token_ids,
         "tokens": score.tokens,
@@ -123,6 +145,12 @@ def _score_row(score: ScoreOutput, continuation: str | None) -> dict[str, Any]:
         "perplexity": score.perplexity if score.num_scored else None,
         "bits_per_character": score.bits_per_character,
     }
+    if score.top_logprobs is not None:
+        row["top_logprobs"] = [
+            None if best is None else [{"token": one.decoded_token, "logprob": one.logprob} for one in best]
+            for best in score.top_logprobs
+        ]
+    return row
 
 
 def _score_lines(score: ScoreOutput, tokenizer: Tokenizer | None) -> list[str]:
@@ -130,6 +158,9 @@ def _score_lines(score: ScoreOutput, tokenizer: Tokenizer | None) -> list[str]:
     for index, (token, logprob) in enumerate(zip(score.token_ids, score.logprobs, strict=True)):
         value = f"{'-':>9}  {'-':>8}" if logprob is None else f"{logprob:9.4f}  {math.exp(logprob):8.2%}"
         shown = _text.quote(tokenizer.readable_piece(token)) if tokenizer else "-"
+        best = (score.top_logprobs or [None] * (index + 1))[index] or ()
+        others = "  ".join(f"{_text.quote(one.decoded_token)} {math.exp(one.logprob):.2%}" for one in best)
+        shown += others and f"   best: {others}"
         lines.append(f"{score.num_context_tokens + index:8d}  {token:6d}  {value}  {shown}")
     totals = f"tokens {score.num_scored}   log-probability {score.total_logprob:.4f}"
     if score.num_scored:

@@ -17,7 +17,7 @@ Fake = type[FakeLLM]
 def test_one_prompt_is_streamed(run: Run, fake_llm: Fake) -> None:
     result = run("generate", "a b c")
     assert (result.exit_code, result.stdout) == (0, "c b a\n")
-    assert fake_llm.made[0].calls == [("a b c", SamplingParams(stop=()))]
+    assert fake_llm.made[0].calls == [("a b c", SamplingParams())]
 
 
 def test_no_stream_prints_the_same(run: Run, fake_llm: Fake) -> None:
@@ -44,7 +44,7 @@ def test_options_reach_the_llm(run: Run, fake_llm: Fake) -> None:
         "num_threads": 2,
     }
     assert llm.calls[0][1] == SamplingParams(
-        max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=5, stop=("x", "y"), ignore_eos=True
+        max_tokens=7, temperature=0.5, top_k=3, top_p=0.9, seed=5, stop=["x", "y"], ignore_eos=True
     )
 
 
@@ -139,7 +139,10 @@ def test_a_refused_prompt_is_one_line(run: Run, fake_llm: Fake, options: tuple[s
         (["--stream", "a", "b"], "--stream"),
         (["--stream", "--n", "2", "a"], "--stream"),
         (["--logprobs", "1", "a"], "--json"),
-        (["--max-tokens", "1", "--max-length", "2", "a"], "--max-length"),
+        (["--max-tokens", "1", "--max-length", "2", "a"], "max_length=2"),
+        (["--prompt-logprobs", "1", "a"], "--json"),
+        (["--stream", "--num-beams", "2", "a"], "--stream"),
+        (["--stream", "--best-of", "2", "a"], "--stream"),
         (["--ids", "4,x"], "Token ids"),
         (["-", "-"], "only once"),
         (["--file", "-", "-"], "only once"),
