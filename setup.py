@@ -1,4 +1,10 @@
-"""Builds the extension module with CMake; everything else is in pyproject.toml."""
+"""Builds the extension module, and with a CUDA toolkit the CUDA back end, with CMake; everything else is in
+pyproject.toml.
+
+Environment: PYENGINE_CUDA is auto (the default: build the CUDA back end if there is an nvcc that works), on or
+off; PYENGINE_CUDA_ARCHITECTURES the compute capabilities, e.g. 75,80 (default: this machine's GPU, or 80);
+PYENGINE_NVCC the nvcc to use.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "libpyengine_cuda.so"
 
 
 def find_program(name: str) -> str:
@@ -23,6 +30,14 @@ def find_program(name: str) -> str:
         if found:
             return found
     raise RuntimeError(f"{name} is needed to build pyengine: pip install {name}")
+
+
+def find_nvcc() -> str | None:
+    """PYENGINE_NVCC, or the nvcc of PyPI's nvidia-cuda-nvcc in this environment; CMake looks elsewhere."""
+    named = os.environ.get("PYENGINE_NVCC")
+    if named:
+        return named
+    return next(map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc")), None)
 
 
 class CMakeBuild(build_ext):
@@ -43,9 +58,23 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYENGINE_OUTPUT_DIR={output_dir}",
             "-DPYENGINE_TESTS=OFF",
+            f"-DPYENGINE_CUDA={os.environ.get('PYENGINE_CUDA', 'auto').lower()}",
+            f"-DPYENGINE_CUDA_ARCHITECTURES={os.environ.get('PYENGINE_CUDA_ARCHITECTURES', '')}",
         ]
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            configure.append(f"-DPYENGINE_NVCC={nvcc}")
+        (output_dir / CUDA_LIBRARY).unlink(missing_ok=True)  # of a build with other settings
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--target", "_C"], check=True)
+        subprocess.run([cmake, "--build", str(build_dir), "--target", "_C", "pyengine_cuda"], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built_library = Path(self.build_lib) / "pyengine" / CUDA_LIBRARY
+        target = ROOT / "pyengine" / CUDA_LIBRARY
+        target.unlink(missing_ok=True)
+        if built_library.is_file():
+            shutil.copy2(built_library, target)
 
 
 setup(
