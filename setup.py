@@ -1,8 +1,8 @@
 """Builds the extension module, and with a CUDA toolkit the CUDA back end, with CMake; everything else is in
 pyproject.toml.
 
-Environment: PYENGINE_CUDA is auto (the default: build the CUDA back end if there is an nvcc that works), on or
-off; PYENGINE_CUDA_ARCHITECTURES the compute capabilities, e.g. 75,80 (default: this machine's GPU, or 80);
+Environment: PYENGINE_CUDA is auto (the default: build the CUDA back end if there is an nvcc that works), on
+or off; PYENGINE_CUDA_ARCHITECTURES the compute capabilities, e.g. 75,80 (default: this machine's GPU, or 80);
 PYENGINE_NVCC the nvcc to use.
 """
 

@@ -10,8 +10,10 @@ namespace {
 // A warp per output column, whose weights its lanes read 8 at a time, 256 in a row. A row's sum has
 // the same order whatever the number of rows.
 // For `rows` or fewer: m of them.
+// Blocks per multiprocessor: as many as leave the registers that so many rows need.
+constexpr int gemv_blocks(int rows) { return rows <= 2 ? 8 : rows == 4 ? 6 : 4; }
 template <class T, int rows>
-__global__ void __launch_bounds__(128, 8)
+__global__ void __launch_bounds__(128, gemv_blocks(rows))
     gemv_kernel(const T* x, const T* w, int m, int64_t k, Epilogue<T> epilogue) {
   const int64_t column = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (column >= epilogue.n) return;
