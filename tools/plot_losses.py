@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw the losses of several runs of ``pyengine-cli train`` into one picture, against the time of training.
 
-python tools/plot_losses.py RUN [RUN ...] [--out losses.png] [--against step]
+python tools/plot_losses.py RUN [RUN ...] [--out losses.svg] [--against step]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyengine.train.report import draw_losses  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", nargs="+", type=Path, help="directories with a log.jsonl")
-    parser.add_argument("--out", type=Path, default=Path("losses.png"))
+    parser.add_argument("--out", type=Path, default=Path("losses.svg"))
     parser.add_argument("--against", choices=("seconds", "step"), default="seconds")
     args = parser.parse_args()
     logs = {

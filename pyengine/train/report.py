@@ -179,7 +179,7 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], file: Path, *, against: s
         rate.set_ylabel("learning rate (dotted)")
         rate.set_ylim(bottom=0)
     axes.legend(loc="upper right")
-    temporary = file.with_name(f".{file.name}.tmp.png")
+    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")  # the suffix chooses the format
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     temporary.replace(file)
