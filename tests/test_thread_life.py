@@ -208,6 +208,28 @@ def test_the_interpreter_ends_while_the_engine_runs(waits: str) -> None:
     assert "Fatal" not in err
 
 
+def test_the_interpreter_waits_until_a_dropped_engine_is_destroyed() -> None:
+    process = script("""
+        import time
+        from pyengine import LLM, SamplingParams
+        from pyengine.engine import thread
+
+        class Slow:
+            def __del__(self):
+                time.sleep(0.3)
+                print("destroyed", flush=True)
+
+        llm = LLM()
+        llm.generate("The", SamplingParams(max_tokens=2))
+        llm._engine.last = Slow()
+        del llm
+        while thread._running:  # its thread has nothing left to do but to drop the engine
+            time.sleep(0.001)
+    """)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.split()) == (0, ["destroyed"]), err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_in_one_caller_leaves_the_others(tmp_path: Path) -> None:
     process = script(

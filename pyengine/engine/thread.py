@@ -12,6 +12,7 @@ import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -25,6 +26,7 @@ from pyengine.errors import ClosedError, InternalError, OutOfMemory, PyEngineErr
 from pyengine.outputs import EngineStats
 
 _running: set[EngineThread] = set()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those that may not be gone yet
 
 
 class EngineThread:
@@ -144,6 +146,7 @@ class EngineThread:
             try:
                 self._thread = thread
                 _running.add(self)
+                _threads.add(thread)
                 thread.start()
             except BaseException as error:  # Ctrl-C, too, after which it may have started
                 self._thread = None
@@ -300,6 +303,10 @@ class _Died:
 
 @atexit.register
 def _close_all() -> None:
-    """Threads that still compute when the interpreter is gone would take the process down with them."""
+    """Threads that still compute when the interpreter is gone would take the process down with them; so would
+    one that has ended its engine and is about to destroy it."""
     for thread in list(_running):
         thread.close()
+    for native in list(_threads):
+        if native.ident is not None:
+            native.join()
