@@ -36,6 +36,8 @@ constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 128;
 // Grid (singles, heads, segments). Scores: a thread per key, each reading its row 16 bytes at a
 // time. Values: groups of head_dim / 8 threads, each thread with eight channels of every so many-th
 // key. `partial` is null where there is one segment only: the result then goes to `out`.
+// Budget of decode_attention<*>: 128 threads, 64 registers, 6160 bytes shared; LDG.128
+// Budget of decode_attention<*, signed char>: 128 threads, 64 registers, 6160 bytes shared; LDG.64
 template <class T, class KV>
 __global__ void __launch_bounds__(kDecodeThreads, 8)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
@@ -118,6 +120,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 8)
 }
 
 // Grid (singles, heads). Segments are merged in the order of their keys.
+// Budget of merge_segments<*>: 64 threads, 48 registers
 template <class T>
 __global__ void __launch_bounds__(64)
     merge_segments(const float* partial, Tokens tokens, const int32_t* single, int head_dim,
@@ -142,6 +145,7 @@ __global__ void __launch_bounds__(64)
 
 // Grid (4 quarters of each tile, heads): 16 queries, four per warp, against 32 keys at a time. A
 // lane scores one key; then it owns every 32nd channel of the output.
+// Budget of prefill_attention_f32<*>: 128 threads, 104 registers, 2048 bytes shared
 constexpr int kQuarter = kQueryTile / 4, kKeys = 32, kPerWarp = 4;
 constexpr int kLaneChannels = kMaxHeadDim / 32;
 template <class T, class KV>
@@ -242,6 +246,8 @@ __global__ void __launch_bounds__(128)
 // Grid (tiles, heads). FlashAttention-2: 64 queries, 16 per warp, against 64 keys at a time. While
 // scores are computed the values are on their way, and while values are weighed the next keys.
 // Scores leave one product in the very registers in which the next wants them.
+// Budget of prefill_attention<*>: 128 threads, 168 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 128>: 128 threads, 200 registers; HMMA LDSM LDGSTS.128
 constexpr int kTileKeys = 64;
 template <class T, int head_dim>
 __global__ void __launch_bounds__(128)
@@ -383,6 +389,8 @@ __global__ void __launch_bounds__(128)
 
 // Grid (tokens, 2): keys, then values; four warps take the heads in turn. An i8 row is divided by
 // its largest magnitude over 127.
+// Budget of write_kv_kernel<*>: 128 threads, 48 registers; LDG.128 STG.128
+// Budget of write_kv_kernel<*, signed char>: 128 threads, 48 registers; LDG.128 STG.64
 template <class T, class KV>
 __global__ void __launch_bounds__(128)
     write_kv_kernel(const T* qkv, Tokens tokens, int n_head, int head_dim, KV* keys, KV* values,

@@ -10,6 +10,9 @@ namespace {
 // A warp per output column, whose weights its lanes read 8 at a time, 256 in a row. A row's sum has
 // the same order whatever the number of rows.
 // For `rows` or fewer: m of them.
+// Budget of gemv_kernel<*, [12]>: 128 threads, 64 registers; LDG.128
+// Budget of gemv_kernel<*, 4>: 128 threads, 80 registers; LDG.128
+// Budget of gemv_kernel<*, 8>: 128 threads, 128 registers; LDG.128
 // Blocks per multiprocessor: as many as leave the registers that so many rows need.
 constexpr int gemv_blocks(int rows) { return rows <= 2 ? 8 : rows == 4 ? 6 : 4; }
 template <class T, int rows>
@@ -40,6 +43,7 @@ __global__ void __launch_bounds__(128, gemv_blocks(rows))
 
 // float32: tiles of 64 rows by 64 columns, 16 sums per thread; k in chains of 256 that are added in
 // order, which is as accurate as the CPU.
+// Budget of gemm_f32_kernel: 256 threads, 80 registers, 8704 bytes shared; LDG.128 LDS.128
 constexpr int kTile = 64, kDepth = 16;
 __global__ void __launch_bounds__(256) gemm_f32_kernel(const float* x, const float* w, int64_t m,
                                                        int64_t k, Epilogue<float> epilogue) {
@@ -101,6 +105,8 @@ __global__ void __launch_bounds__(256) gemm_f32_kernel(const float* x, const flo
 // float16 and bfloat16 on tensor cores, float32 sums. A block computes kRows x kColumns outputs
 // with 2 x (warps / 2) warps; tiles of 32 k's come to shared memory by asynchronous copies, two
 // ahead. A row of a tile is padded from 64 to 80 bytes: eight rows then lie in 32 different banks.
+// Budget of gemm_kernel<*, 64, 64, 4>: 128 threads, 128 registers; HMMA LDSM LDGSTS.128
+// Budget of gemm_kernel<*, 128, 128, 8>: 256 threads, 128 registers; HMMA LDSM LDGSTS.128
 constexpr int kStages = 3, kTileK = 32, kPitch = kTileK + 8;
 template <class T, int kRows, int kColumns, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32)
