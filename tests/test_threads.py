@@ -152,7 +152,7 @@ def test_stats(checkpoint: Callable[[str], Path]) -> None:
 def test_repr_and_context_manager(checkpoint: Callable[[str], Path]) -> None:
     with LLM(checkpoint("gelu"), num_threads=1) as llm:
         llm.generate([1], GREEDY)
-        assert repr(llm).startswith(f"LLM({str(checkpoint('gelu'))!r}, dtype='float32'")
+        assert repr(llm).startswith(f"LLM({str(checkpoint('gelu'))!r}, device='cpu', dtype='float32'")
         assert "closed" not in repr(llm)
     assert repr(llm).endswith(", closed)")
     for call in (
