@@ -22,6 +22,7 @@ _MOST_LINES = 10  # about prompts that failed; those with the same fault share o
 
 _COMMANDS = {
     "generate": "Continue prompts.",
+    "chat": "Talk to a model.",
     "score": "Log-probability and perplexity of texts; rank choices.",
     "tokenize": "Text to token ids, and back.",
     "train": "Train a model and its tokenizer from text, or finetune one.",
@@ -135,6 +136,7 @@ Examples:
   pyengine-cli generate "Once upon a time"
   pyengine-cli generate --model ./gpt2 --temperature 0 "Hello, my dog is cute"
   cat prompts.txt | pyengine-cli generate --file - --json > results.jsonl
+  pyengine-cli chat --model ./DialoGPT-medium
   pyengine-cli score --choice " positive" --choice " negative" "I loved it. Sentiment:"
   pyengine-cli inspect --model ./gpt2
 

@@ -27,16 +27,19 @@ _output = in_section("Output")
 _LENGTH: tuple[Option[Any], ...] = (
     _length("--max-tokens", "--max-new-tokens", "max_tokens", type=int, metavar="N",
             help="New tokens at most.  [default: the checkpoint's, else 128]"),
-    _length("--max-length", type=int, metavar="N", help="Tokens at most, those of the prompt included."),
     _length("--min-tokens", "--min-new-tokens", "min_tokens", type=int, metavar="N",
             help="New tokens before anything may end the text."),
-    _length("--min-length", type=int, metavar="N", help="The same, those of the prompt included."),
     _length("--stop", "--stop-strings", "stop", multiple=True, metavar="TEXT",
             help="End before this text; may be given several times."),
     _length("--include-stop-str-in-output", is_flag=True, help="End after the --stop text instead."),
     _length("--stop-token-ids", metavar="IDS", help="Token ids that end the text, e.g. 198,628."),
     _length("--eos-token-id", metavar="IDS", help="The end-of-text token, or several."),
     _length("--ignore-eos", is_flag=True, help="Go on after the end-of-text token."),
+)  # fmt: skip
+_WITH_PROMPT: tuple[Option[Any], ...] = (
+    _length("--max-length", type=int, metavar="N", help="Tokens at most, those of the prompt included."),
+    _length("--min-length", type=int, metavar="N",
+            help="Tokens before anything may end the text, those of the prompt included."),
     _length("--truncate-prompt-tokens", type=int, metavar="N",
             help="Keep only the last N tokens of each prompt."),
 )  # fmt: skip
@@ -128,20 +131,24 @@ def _add(groups: Iterable[tuple[Option[Any], ...]]) -> Callable[[Function], Func
     return decorate
 
 
-# What one text is: a conversation takes these, too.
-one_text = _add((_LENGTH, _DRAW, _REPETITION, _TOKENS))
-every_control = _add((_LENGTH, _DRAW, _REPETITION, _TOKENS, _STRUCTURE, _SEVERAL, _OUTPUT))
+# How one text is chosen, whatever its prompt: a conversation takes these, too.
+one_text = _add((_LENGTH, _DRAW, _REPETITION, _TOKENS, _STRUCTURE))
+every_control = _add((_LENGTH, _WITH_PROMPT, _DRAW, _REPETITION, _TOKENS, _STRUCTURE, _SEVERAL, _OUTPUT))
 
 
 def take_params(options: dict[str, Any]) -> SamplingParams:
     """The parameters that ``options`` ask for; they are taken out of it. UsageError with the field, the value
     and what is allowed."""
+    return checked(take_fields(options))
+
+
+def checked(fields: dict[str, Any]) -> SamplingParams:
+    """Parameters of these fields, or a UsageError."""
     from pyengine.decoding.params import SamplingParams
     from pyengine.errors import RequestError
 
-    given = take_fields(options)
     try:
-        return SamplingParams(**given)
+        return SamplingParams(**fields)
     except RequestError as error:
         raise click.UsageError(str(error)) from None
 
@@ -150,9 +157,13 @@ def take_fields(options: dict[str, Any]) -> dict[str, Any]:
     """Fields of ``SamplingParams`` that were given, with their values; they are taken out of ``options``."""
     from pyengine.decoding.params import SamplingParams
 
-    names = {*SamplingParams.__dataclass_fields__, "do_sample"} & set(options)
-    given = {name: options.pop(name) for name in sorted(names)}
-    given = {name: value for name, value in given.items() if value is not None and value != ()}
+    fields = SamplingParams.__dataclass_fields__
+    given = {name: options.pop(name) for name in sorted(set(fields) & set(options))}
+    given = {
+        name: value
+        for name, value in given.items()
+        if value not in (None, ()) and value != fields[name].default
+    }
     constraint = {name: options.pop(name) for name in _CONSTRAINT if name in options}
     for name in ("stop_token_ids", "eos_token_id", "suppress_tokens", "allowed_token_ids"):
         if name in given:
