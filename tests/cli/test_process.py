@@ -68,7 +68,7 @@ def test_import_pyengine_imports_nothing_heavy() -> None:
     assert not {"torch", "numpy", "transformers", "tokenizers", "click", "rich", "pyengine._C"} & modules
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "tokenize", "inspect", "doctor"])
+@pytest.mark.parametrize("command", ["generate", "chat", "score", "tokenize", "inspect", "doctor"])
 def test_help_loads_one_command_and_no_engine(command: str) -> None:
     modules = modules_after(
         f"from pyengine.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass"
