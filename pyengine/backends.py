@@ -60,6 +60,17 @@ def back_end(device: str) -> BackEnd:
         return Cpu()
 
 
+def cuda_refuses(checkpoint: Checkpoint) -> str | None:
+    """Why no GPU can run a checkpoint as it is, or None."""
+    config = checkpoint.config
+    if checkpoint.quantization is not None:
+        return f"{checkpoint.quantization} weights"
+    for name, value in (("n_embd / n_head", config.head_dim), ("n_inner", config.n_inner)):
+        if value % 8 != 0:
+            return f"{name} is {value}, but must be a multiple of 8"
+    return None
+
+
 def _check_choices(device: str, dtype: str, kv_cache_dtype: str, known: Sequence[str]) -> None:
     def text(names: Sequence[str]) -> str:
         *some, last = (f'"{name}"' for name in ("auto", *names))
@@ -152,8 +163,9 @@ class Cuda:
     def dtypes(
         self, checkpoint: Checkpoint, dtype: str, quantization: str | None, kv_cache_dtype: str
     ) -> tuple[str, str]:
-        if quantization is not None:
-            self._refuse_quantized(f"{checkpoint.path} holds {quantization} weights")
+        refused = cuda_refuses(checkpoint)
+        if refused is not None:
+            raise ConfigError(f'{checkpoint.path}: CUDA cannot run it: {refused}; use device="cpu"')
         if dtype == "auto":
             dtype = checkpoint.dtype if checkpoint.dtype in DTYPE_BYTES else "float32"
             if dtype == "bfloat16" and not self._has_bfloat16:

@@ -6,6 +6,7 @@
 Each kernel has a budget in csrc/cuda, the longest pattern that matches its name:
 
     // Budget of gemm_f32_kernel: 256 threads, 80 registers, 8704 bytes shared; LDG.128 LDS.128
+    // Budget of gemm_f32_kernel on 75: 256 threads, 96 registers, 8704 bytes shared
 
 Registers and static shared memory must stay within it, nothing may be spilled, and each instruction named
 after the semicolon must occur, with all parts of its name. Below 8.0 there are neither asynchronous copies
@@ -32,7 +33,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUDGET = re.compile(
-    r"// Budget of (?P<pattern>\w+(?:<.*>)?): (?P<threads>\d+) threads, (?P<registers>\d+) registers"
+    r"// Budget of (?P<pattern>\w+(?:<.*>)?)(?: on (?P<on>\d+))?: "
+    r"(?P<threads>\d+) threads, (?P<registers>\d+) registers"
     r"(?:, (?P<shared>\d+) bytes shared)?(?:; (?P<instructions>.+))?$",
     re.MULTILINE,
 )
@@ -50,6 +52,7 @@ _REGISTERS_OF_MULTIPROCESSOR = 65536
 @dataclass(frozen=True)
 class Budget:
     pattern: str
+    architecture: int | None  # None: all that have no budget of their own
     threads: int
     registers: int
     shared: int
@@ -84,6 +87,7 @@ def read_budgets(source: str) -> list[Budget]:
     found = [
         Budget(
             match["pattern"],
+            int(match["on"]) if match["on"] else None,
             int(match["threads"]),
             int(match["registers"]),
             int(match["shared"] or 0),
@@ -131,8 +135,12 @@ def read_instructions(sass: str, kernels: dict[str, Kernel]) -> None:
 
 
 def budget_of(kernel: Kernel, budgets: Iterable[Budget]) -> Budget | None:
-    fits = [b for b in budgets if fnmatch.fnmatchcase(kernel.name, b.pattern)]
-    return max(fits, key=lambda b: len(b.pattern), default=None)
+    fits = [
+        b
+        for b in budgets
+        if fnmatch.fnmatchcase(kernel.name, b.pattern) and b.architecture in (None, kernel.architecture)
+    ]
+    return max(fits, key=lambda b: (len(b.pattern), b.architecture is not None), default=None)
 
 
 def faults(kernel: Kernel, budget: Budget | None) -> list[str]:
@@ -249,8 +257,12 @@ def main() -> None:
     kernels.sort(key=lambda kernel: (kernel.architecture, kernel.name))
     print(table(kernels, budgets))
     wrong = [fault for kernel in kernels for fault in faults(kernel, budget_of(kernel, budgets))]
-    used = {budget.pattern for kernel in kernels if (budget := budget_of(kernel, budgets))}
-    wrong += [f"no kernel has the budget of {b.pattern}" for b in budgets if b.pattern not in used]
+    used = {budget for kernel in kernels if (budget := budget_of(kernel, budgets))}
+    wrong += [
+        f"no kernel has the budget of {b.pattern}"
+        for b in budgets
+        if b not in used and b.architecture in (None, *arguments.architectures)
+    ]
     print(f"{len(kernels)} kernels on {', '.join(f'sm_{a}' for a in arguments.architectures)}", end="; ")
     print(f"{len(wrong)} faults" if wrong else "all within their budgets")
     if wrong:

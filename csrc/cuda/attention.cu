@@ -36,10 +36,10 @@ constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 128;
 // Grid (singles, heads, segments). Scores: a thread per key, each reading its row 16 bytes at a
 // time. Values: groups of head_dim / 8 threads, each thread with eight channels of every so many-th
 // key. `partial` is null where there is one segment only: the result then goes to `out`.
-// Budget of decode_attention<*>: 128 threads, 64 registers, 6160 bytes shared; LDG.128
-// Budget of decode_attention<*, signed char>: 128 threads, 64 registers, 6160 bytes shared; LDG.64
+// Budget of decode_attention<*>: 128 threads, 72 registers, 6160 bytes shared; LDG.128
+// Budget of decode_attention<*, signed char>: 128 threads, 72 registers, 6160 bytes shared; LDG.64
 template <class T, class KV>
-__global__ void __launch_bounds__(kDecodeThreads, 8)
+__global__ void __launch_bounds__(kDecodeThreads, 7)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
   PYENGINE_SHARED(q, float[kMaxHeadDim]);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 8)
 }
 
 // Grid (singles, heads). Segments are merged in the order of their keys.
-// Budget of merge_segments<*>: 64 threads, 48 registers
+// Budget of merge_segments<*>: 64 threads, 64 registers
 template <class T>
 __global__ void __launch_bounds__(64)
     merge_segments(const float* partial, Tokens tokens, const int32_t* single, int head_dim,
@@ -247,10 +247,11 @@ __global__ void __launch_bounds__(128)
 // scores are computed the values are on their way, and while values are weighed the next keys.
 // Scores leave one product in the very registers in which the next wants them.
 // Budget of prefill_attention<*>: 128 threads, 168 registers; HMMA LDSM LDGSTS.128
-// Budget of prefill_attention<*, 128>: 128 threads, 200 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 128>: 128 threads, 216 registers; HMMA LDSM LDGSTS.128
 constexpr int kTileKeys = 64;
 template <class T, int head_dim>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 1)
     prefill_attention(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<T> cache,
                       float scale, T* out) {
   constexpr int kPitch = head_dim + 8;  // 16 bytes more: eight rows lie in 32 different banks

@@ -8,7 +8,7 @@ namespace pyengine::cuda {
 namespace {
 
 // A block per token; a thread adds eight channels at a time.
-// Budget of embed_kernel<*>: 128 threads, 48 registers; LDG.128 STG.128
+// Budget of embed_kernel<*>: 128 threads, 64 registers; LDG.128 STG.128
 template <class T>
 __global__ void __launch_bounds__(128)
     embed_kernel(const int32_t* ids, const int32_t* positions, const T* wte, const T* wpe,
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(128)
 
 // 32 x 32 tiles; transposed in shared memory, whose rows are one longer so that a column lies in
 // 32 banks.
-// Budget of convert_weight_kernel<*>: 256 threads, 40 registers, 4224 bytes shared
+// Budget of convert_weight_kernel<*>: 256 threads, 64 registers, 4224 bytes shared
 template <class From, class To>
 __global__ void __launch_bounds__(256)
     convert_weight_kernel(const From* src, bool transpose, int64_t n, int64_t k, To* dst) {

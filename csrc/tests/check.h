@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <sstream>
 #include <stdexcept>
@@ -52,6 +53,7 @@ inline int run_all() {
       ++failed;
     }
     std::fflush(stdout);
+    if (failed > 0 && std::getenv("PYENGINE_TEST_FAIL_FAST") != nullptr) break;
   }
   return failed == 0 ? 0 : 1;
 }

@@ -117,12 +117,13 @@ def weights_of(llm: Any) -> str:
     return str(llm.quantization or SHORT_NAMES[llm.dtype])
 
 
-def as_row(result: Result, llm: Any, load_s: float, limits: Limits) -> dict[str, Any]:
-    """What ``bench --json`` prints for a workload; ``docs/benchmarks.md`` lists the keys."""
+def as_row(result: Result, llm: Any, load_s: float, limits: Limits | None) -> dict[str, Any]:
+    """What ``bench --json`` prints for a workload; ``docs/benchmarks.md`` lists the keys. Without ``limits``
+    there is nothing of bytes and operations."""
     dtype = weights_of(llm)
     seconds = statistics.median(result.seconds)
     workload = result.workload
-    return {
+    row = {
         "engine": "pyengine",
         "dtype": dtype,
         "workload": workload.name,
@@ -131,12 +132,17 @@ def as_row(result: Result, llm: Any, load_s: float, limits: Limits) -> dict[str,
         "min": round(min(result.rates), 1),
         "max": round(max(result.rates), 1),
         "load_s": round(load_s, 2),
+        "device": llm.device,
         "rate": workload.rate,
         "sequences": len(workload.prompts),
         "prompt_tokens": workload.num_prompt_tokens,
         "new_tokens": sum(workload.new_tokens),
         "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "cached_tokens": result.cached_tokens,
+    }
+    if limits is None:
+        return row
+    return row | {
         "gb_per_s": round(result.cost.bytes / seconds / 1e9, 2),
         "gflop_per_s": round(result.cost.operations / seconds / 1e9, 1),
         "gb_per_s_limit": round(limits.bandwidth / 1e9, 2),

@@ -20,10 +20,11 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
     first = rows[0]
     threads = f"{first['threads']} thread" + ("s" if first["threads"] > 1 else "")
     console.print(f"{title}: weights {first['dtype']}, keys and values {first['kv_dtype']}, {threads}")
-    console.print(
-        f"limits: {first['gb_per_s_limit']:.1f} GB/s, {first['gflop_per_s_limit']:,.0f} GFLOP/s; loaded in "
-        f"{first['load_s']:.2f} s; {sum(r['cached_tokens'] for r in rows)} tokens from the prefix cache"
-    )
+    limits = ""
+    if "gb_per_s_limit" in first:
+        limits = f"limits: {first['gb_per_s_limit']:.1f} GB/s, {first['gflop_per_s_limit']:,.0f} GFLOP/s; "
+    cached = sum(row["cached_tokens"] for row in rows)
+    console.print(f"{limits}loaded in {first['load_s']:.2f} s; {cached} tokens from the prefix cache")
     console.print(_rates(rows))
     for row in rows:
         if "profile" in row:
@@ -39,7 +40,8 @@ def _table(title: str | None = None) -> Table:
 def _rates(rows: list[dict[str, Any]]) -> Table:
     table = _table()
     table.add_column("workload")
-    for name in ("tokens/s", "min", "max", "GB/s", "of limit", "GFLOP/s", "of limit"):
+    limited = "gb_per_s_limit" in rows[0]
+    for name in ("tokens/s", "min", "max", *(("GB/s", "of limit", "GFLOP/s", "of limit") if limited else ())):
         table.add_column(name, justify="right")
     table.add_column("tokens/s: what is counted")
     for row in rows:
@@ -48,13 +50,19 @@ def _rates(rows: list[dict[str, Any]]) -> Table:
             f"{row['tok_per_s_median']:,.1f}",
             f"{row['min']:,.1f}",
             f"{row['max']:,.1f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{row['gb_per_s'] / row['gb_per_s_limit']:.0%}",
-            f"{row['gflop_per_s']:,.1f}",
-            f"{row['gflop_per_s'] / row['gflop_per_s_limit']:.0%}",
+            *(_of_limits(row) if limited else ()),
             RATES[row["rate"]],
         )
     return table
+
+
+def _of_limits(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['gb_per_s']:.1f}",
+        f"{row['gb_per_s'] / row['gb_per_s_limit']:.0%}",
+        f"{row['gflop_per_s']:,.1f}",
+        f"{row['gflop_per_s'] / row['gflop_per_s_limit']:.0%}",
+    ]
 
 
 def _profile(row: dict[str, Any]) -> Table:

@@ -93,6 +93,8 @@ def command(
     """
     if (prompt_tokens is None) != (new_tokens is None):
         raise click.UsageError("An own workload needs both --prompt-tokens and --new-tokens.")
+    if profile and engine["device"] != "cpu":
+        raise click.UsageError("--profile needs --device cpu: on CUDA the parts of a step are not timed.")
     if batch is not None and prompt_tokens is None:
         raise click.UsageError("--batch belongs to an own workload: give --prompt-tokens and --new-tokens.")
     sizes = list(itertools.product(batch or [1], prompt_tokens or [], new_tokens or []))
@@ -111,14 +113,16 @@ def command(
     workloads = _workloads(names or [], sizes, llm.config.vocab_size)
     progress = _show_progress if sys.stderr.isatty() else lambda _: None
     results = measure.measure(llm, workloads, repeats, progress)
-    progress("limits of the machine")
-    limit = limits.measure(context_of(llm))
+    limit = None
+    if llm.device == "cpu":
+        progress("limits of the machine")
+        limit = limits.measure(context_of(llm))
     progress("")
 
     rows = []
     for result in results:
         row = measure.as_row(result, llm, load_s, limit)
-        if profile:
+        if profile and limit is not None:
             row["profile"] = measure.profile_rows(result, row["dtype"], limit)
         if as_json:
             _text.print_json(row)
@@ -126,7 +130,8 @@ def command(
     if not as_json:
         from pyengine.cli import _bench_tables
 
-        _bench_tables.show(rows, f"{llm.path.name}, {context_of(llm).isa}")
+        where = context_of(llm).isa if llm.device == "cpu" else llm.device
+        _bench_tables.show(rows, f"{llm.path.name}, {where}")
 
 
 def _workloads(names: list[str], sizes: list[tuple[int, int, int]], vocab_size: int) -> list[Workload]:

@@ -73,12 +73,22 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any]:
             "ignored_tensors": list(checkpoint.ignored),
         },
         "computes_in": checkpoint.auto_dtype,
+        "cuda": _cuda(checkpoint),
         "weight_bytes": {dtype: config.weight_bytes(dtype) for dtype in _WEIGHT_DTYPES},
         "kv_bytes_per_token": {dtype: config.kv_bytes_per_token(dtype) for dtype in _COMPUTE_DTYPES},
         "tokenizer": _tokenizer(checkpoint),
         "generation_config": checkpoint.generation_config,
         "files": {path.name: path.stat().st_size for path in files},
     }
+
+
+def _cuda(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Whether the kernels for GPUs take the checkpoint; ``doctor`` knows whether there is a GPU."""
+    from pyengine.backends import cuda_refuses
+
+    refused = cuda_refuses(checkpoint)
+    computes_in = checkpoint.dtype if refused is None else None
+    return {"runs": refused is None, "computes_in": computes_in, "reason": refused}
 
 
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -113,6 +123,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         "parameters": f"{report['parameters']:,}",
         "weights": f"{weights['dtype']}, {size(weights['bytes'])} in {len(weights['files'])} file{plural}; "
         f"computed in {report['computes_in']}",
+        "on CUDA": f"computed in {report['cuda']['computes_in']}"
+        if report["cuda"]["runs"]
+        else f"no: {report['cuda']['reason']}",
         "weights in memory": _per_dtype(report["weight_bytes"], 1),
         "KV per token": _per_dtype(report["kv_bytes_per_token"], 1),
         "KV of full context": _per_dtype(report["kv_bytes_per_token"], config["n_positions"]),

@@ -21,8 +21,8 @@ from tests.cli.conftest import Run
 
 # What scripts of other engines print, and what pyengine adds.
 PEER_KEYS = ["engine", "dtype", "workload", "threads", "tok_per_s_median", "min", "max", "load_s"]
-OWN_KEYS = ["rate", "sequences", "prompt_tokens", "new_tokens", "kv_dtype", "cached_tokens", "gb_per_s"]
-OWN_KEYS += ["gflop_per_s", "gb_per_s_limit", "gflop_per_s_limit"]
+OWN_KEYS = ["device", "rate", "sequences", "prompt_tokens", "new_tokens", "kv_dtype", "cached_tokens"]
+OWN_KEYS += ["gb_per_s", "gflop_per_s", "gb_per_s_limit", "gflop_per_s_limit"]
 GPT2_VOCABULARY = 50257
 LAYERS = 2  # of the test checkpoint "gelu"
 

@@ -70,8 +70,31 @@ def test_what_does_not_fit_is_refused_with_the_sizes(checkpoint: Callable[[str],
         LLM(path, device="cuda", quantization="int8")
     with pytest.raises(ConfigError, match="kv_cache_dtype='bfloat16'.*float32, or int8"):
         LLM(path, device="cuda", kv_cache_dtype="bfloat16")
-    with pytest.raises(ConfigError, match="n_embd / n_head is 15, but on CUDA must be a multiple of 8"):
+    with pytest.raises(ConfigError, match="n_embd / n_head is 15, but must be a multiple of 8"):
         LLM(checkpoint("head_dim_odd"), device="cuda")
+
+
+def test_inspect_tells(checkpoint: Callable[[str], Path]) -> None:
+    def inspected(name: str, *more: str) -> str:
+        return CliRunner().invoke(main, ["inspect", "--model", str(checkpoint(name)), *more]).stdout
+
+    assert "on CUDA             computed in float16" in inspected("float16_file")
+    row = json.loads(inspected("float16_file", "--json"))
+    assert row["cuda"] == {"runs": True, "computes_in": "float16", "reason": None}
+    assert "on CUDA             no: n_embd / n_head is 15" in inspected("head_dim_odd")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_bench_on_the_gpu(checkpoint: Callable[[str], Path]) -> None:
+    sizes = ["--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
+    arguments = ["bench", "--device", "cuda", "--model", str(checkpoint("head_dim_8")), *sizes]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert row["device"] == "cuda" and row["tok_per_s_median"] > 0 and "gb_per_s_limit" not in row
+    assert "tokens/s" in CliRunner().invoke(main, arguments).stdout
+    refused = CliRunner().invoke(main, [*arguments, "--profile"])
+    assert refused.exit_code == 2 and "--profile needs --device cpu" in refused.stderr
 
 
 def test_bfloat16_needs_capability_8(checkpoint: Callable[[str], Path]) -> None:

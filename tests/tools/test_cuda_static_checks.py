@@ -37,7 +37,9 @@ SASS = """
 SOURCE = """
 // Budget of a<*>: 128 threads, 60 registers, 6160 bytes shared; HMMA LDG.128 STG.128
 // Budget of a<*, 8>: 128 threads, 64 registers, 6160 bytes shared; HMMA LDG.128 LDGSTS.128
-// Budget of b: 64 threads, 32 registers; LDGSTS.128 HMMA
+// Budget of b: 64 threads, 16 registers
+// Budget of b on 75: 64 threads, 32 registers; LDGSTS.128 HMMA
+// Budget of b on 80: 64 threads, 8 registers
 """
 
 

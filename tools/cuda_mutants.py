@@ -1,0 +1,327 @@
+"""Plants faults in the CUDA kernels, one at a time, and sees that the tests on the simulator find each.
+
+    python tools/cuda_mutants.py                  all of them, in a copy of the sources; about ten minutes
+    python tools/cuda_mutants.py barrier wait     those whose names hold one of these words
+    python tools/cuda_mutants.py --list
+
+A fault is killed if test_cuda_sim, test_cuda_ops or test_cuda_model fails, crashes or does not end. Exit
+status 1 if one survives. Needs CMake, Ninja and a C++ compiler; no CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("test_cuda_sim", "test_cuda_ops", "test_cuda_model")
+_TIMEOUT = 600  # seconds of one test program
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str  # below csrc/
+    old: str  # occurs once in the file
+    new: str
+
+
+_DENSE, _ATTENTION, _ROWS = "cuda/dense.cu", "cuda/attention.cu", "cuda/elementwise.cu"
+MUTANTS = (
+    Mutant("gemm: no wait for asynchronous copies", _DENSE, "    copy_async_wait<kStages - 2>();\n", ""),
+    Mutant(
+        "gemm: waits for one group too few",
+        _DENSE,
+        "copy_async_wait<kStages - 2>",
+        "copy_async_wait<kStages - 1>",
+    ),
+    Mutant(
+        "gemm: no barrier before the tile is read",
+        _DENSE,
+        "    __syncthreads();  // the tile is there, and nobody reads the one that is overwritten next\n",
+        "",
+    ),
+    Mutant("gemm: unmasked tail of k", _DENSE, " && k0 + at < k;", ";"),
+    Mutant(
+        "gemm: reads the next stage",
+        _DENSE,
+        "tiles + step % kStages * kStage;\n    const T* const ws",
+        "tiles + (step + 1) % kStages * kStage;\n    const T* const ws",
+    ),
+    Mutant(
+        "gemm: wrong lane for a row of the result",
+        _DENSE,
+        "i * 16 + lane / 4 + e / 2 * 8",
+        "i * 16 + lane % 4 + e / 2 * 8",
+    ),
+    Mutant(
+        "gemm: wrong lane for a fragment of the weights",
+        _DENSE,
+        "warp_column + j * 16 + lane / 16 * 8 + lane % 8",
+        "warp_column + j * 16 + lane / 8 % 2 * 8 + lane % 8",
+    ),
+    Mutant(
+        "gemm_f32: no barrier after loading",
+        _DENSE,
+        "    __syncthreads();\n#pragma unroll\n    for (int d = 0; d < kDepth",
+        "#pragma unroll\n    for (int d = 0; d < kDepth",
+    ),
+    Mutant(
+        "gemm_f32: no barrier before loading again",
+        _DENSE,
+        "    __syncthreads();\n    if ((k0 + kDepth)",
+        "    if ((k0 + kDepth)",
+    ),
+    Mutant("gemm_f32: the last chain is lost", _DENSE, " || k0 + kDepth >= k)", ")"),
+    Mutant("gemv: every value twice", _DENSE, "i < k; i += 256)", "i < k; i += 128)"),
+    Mutant("gemv: a row too far", _DENSE, "(r < m ? r : m - 1) * k", "(r < m ? r : m) * k"),
+    Mutant("dense: the residual is overwritten", "cuda/dense.cuh", "[i] += y;", "[i] = y;"),
+    Mutant(
+        "attention: block table off by one",
+        _ATTENTION,
+        "table[token / kBlockTokens]",
+        "table[(token + 1) / kBlockTokens]",
+    ),
+    Mutant(
+        "attention: heads of another block",
+        _ATTENTION,
+        "(block * n_head + head) * kBlockTokens + token",
+        "(block + head * n_head) * kBlockTokens + token",
+    ),
+    Mutant(
+        "decode: a key too many",
+        _ATTENTION,
+        "tokens.positions[token] + 1 - begin",
+        "tokens.positions[token] + 2 - begin",
+    ),
+    Mutant(
+        "decode: no barrier after the query",
+        _ATTENTION,
+        "* scale;\n  }\n  __syncthreads();\n",
+        "* scale;\n  }\n",
+    ),
+    Mutant(
+        "decode: no barrier before the groups are added",
+        _ATTENTION,
+        "  __syncthreads();\n  float* result = partial;",
+        "  float* result = partial;",
+    ),
+    Mutant(
+        "decode: the scale of the values is that of the keys",
+        _ATTENTION,
+        "scale_of<KV>(cache.value_scales, cache.row",
+        "scale_of<KV>(cache.key_scales, cache.row",
+    ),
+    Mutant(
+        "merge: one segment too few", _ATTENTION, "/ kSegment + 1;\n  float best", "/ kSegment;\n  float best"
+    ),
+    Mutant(
+        "prefill_f32: no barrier before the tile is overwritten",
+        _ATTENTION,
+        "    __syncthreads();  // nobody reads the tile before any more\n",
+        "",
+    ),
+    Mutant(
+        "prefill_f32: weights are read before the warp has written them",
+        _ATTENTION,
+        "    __syncwarp();\n",
+        "",
+    ),
+    Mutant(
+        "prefill_f32: sees its future",
+        _ATTENTION,
+        "key0 + lane <= position[i]",
+        "key0 + lane <= position[i] + 1",
+    ),
+    Mutant("prefill: sees not itself", _ATTENTION, "key <= position[r]", "key < position[r]"),
+    Mutant("prefill: no wait for the values", _ATTENTION, "    copy_async_wait<1>();\n", ""),
+    Mutant(
+        "prefill: no barrier before the values are read",
+        _ATTENTION,
+        "    __syncthreads();  // values are there\n",
+        "",
+    ),
+    Mutant(
+        "prefill: no barrier before the keys are overwritten",
+        _ATTENTION,
+        "    __syncthreads();  // nobody reads these keys any more\n",
+        "",
+    ),
+    Mutant(
+        "prefill: unmasked tail of the keys",
+        _ATTENTION,
+        "const bool valid = key0 + j < num_keys;",
+        "const bool valid = true;",
+    ),
+    Mutant(
+        "prefill: rows of the sum are not shrunk",
+        _ATTENTION,
+        "sum[r] = sum[r] * shrink + part;",
+        "sum[r] = sum[r] + part;",
+    ),
+    Mutant(
+        "prefill: transposed values in the wrong lanes",
+        _ATTENTION,
+        "j * 16 + lane / 8 % 2 * 8 + lane % 8",
+        "j * 16 + lane / 16 * 8 + lane % 8",
+    ),
+    Mutant(
+        "write_kv: the next slot",
+        _ATTENTION,
+        "+ position % kBlockTokens;",
+        "+ (position + 1) % kBlockTokens;",
+    ),
+    Mutant("write_kv: a channel of int8 in another's byte", _ATTENTION, "<< (i % 4 * 8);", "<< (i % 2 * 8);"),
+    Mutant(
+        "layer_norm: scratch is overwritten while it is read",
+        "cuda/device.h",
+        "total += scratch[i];\n  __syncthreads();\n",
+        "total += scratch[i];\n",
+    ),
+    Mutant("layer_norm: eps is left out", _ROWS, "sqrtf(variance + eps)", "sqrtf(variance)"),
+    Mutant(
+        "embed: the position of the block, not of the token",
+        _ROWS,
+        "int64_t{positions[t]} * channels",
+        "t * channels",
+    ),
+    Mutant(
+        "convert_weight: no barrier",
+        _ROWS,
+        "  __syncthreads();\n  for (int i = y; i < 32; i += 8) {\n    if (n0",
+        "  for (int i = y; i < 32; i += 8) {\n    if (n0",
+    ),
+    Mutant(
+        "copy_blocks: source and target swapped",
+        _ROWS,
+        "blocks + block_words * pairs[2 * blockIdx.x];\n  uint4* to",
+        "blocks + block_words * pairs[2 * blockIdx.x + 1];\n  uint4* to",
+    ),
+    Mutant(
+        "mma: wrong lane",
+        "cuda/tensor_core.h",
+        "const int row = g + (i % 2) * 8, k = 2 * t + (i / 2) * 8;",
+        "const int row = g + (i / 2) * 8, k = 2 * t + (i % 2) * 8;",
+    ),
+    Mutant(
+        "model: contexts of whole segments lose the last",
+        "cuda/model.cu",
+        "(longest + ops::kKeySegment - 1)",
+        "(longest - 1)",
+    ),
+    Mutant(
+        "model: logits are read before they are there",
+        "cuda/model.cu",
+        "  stream_.download(host_logits_.data(), out, bytes);\n  stream_.wait();\n",
+        "  stream_.download(host_logits_.data(), out, bytes);\n",
+    ),
+    Mutant(
+        "model: a graph of fewer segments is run",
+        "cuda/model.cu",
+        "c.tokens == step.tokens.count && c.segments == step.plan.segments",
+        "c.tokens == step.tokens.count",
+    ),
+)
+
+
+class Tree:
+    """A copy of the sources, built once; a mutant builds one file again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._source, self._build = directory / "source", directory / "build"
+        self._source.mkdir()
+        shutil.copy2(ROOT / "CMakeLists.txt", self._source)
+        shutil.copytree(ROOT / "csrc", self._source / "csrc")
+        options = ["-DCMAKE_BUILD_TYPE=Release", "-DPYENGINE_PYTHON=OFF", "-DPYENGINE_TESTS=ON"]
+        self._run("cmake", "-S", str(self._source), "-B", str(self._build), "-G", "Ninja", *options)
+        self._compile()
+
+    @staticmethod
+    def _run(*command: str) -> None:
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        done = subprocess.run(command, stdout=pipe, stderr=both, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)}:\n{done.stdout}")
+
+    def _compile(self) -> None:
+        self._run("cmake", "--build", str(self._build), "--target", *TESTS)
+
+    def killer(self, mutant: Mutant | None) -> str | None:
+        """The first complaint of the tests; None: they passed."""
+        original = ""
+        if mutant is not None:
+            path = self._source / "csrc" / mutant.file
+            original = path.read_text(encoding="utf-8")
+            path.write_text(mutated(original, mutant), encoding="utf-8")
+        try:
+            self._compile()
+            return next(filter(None, map(self._complaint, TESTS)), None)
+        finally:
+            if mutant is not None:
+                path.write_text(original, encoding="utf-8")
+
+    def _complaint(self, test: str) -> str | None:
+        environment = {**os.environ, "PYENGINE_TEST_FAIL_FAST": "1"}
+        try:
+            done = subprocess.run(
+                [str(self._build / "tests" / test)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                env=environment,
+                timeout=_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{test} does not end"
+        if done.returncode == 0:
+            return None
+        lines = [line.strip() for line in done.stdout.splitlines()]
+        failed = next((i for i, line in enumerate(lines) if line.startswith("FAIL")), None)
+        if failed is None:
+            return f"{test} ends with status {done.returncode}"
+        return f"{test}, {lines[failed].split()[1]}: {' '.join(lines[failed + 1 :]).rpartition('/')[2]}"
+
+
+def mutated(source: str, mutant: Mutant) -> str:
+    if source.count(mutant.old) != 1:
+        found = source.count(mutant.old)
+        raise ValueError(f"{mutant.name}: {mutant.file} holds {found} times {mutant.old!r}")
+    return source.replace(mutant.old, mutant.new)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("words", nargs="*", help="only mutants whose names hold one of these")
+    parser.add_argument("--list", action="store_true", help="print their names")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTANTS if not arguments.words or any(word in m.name for word in arguments.words)]
+    if arguments.list:
+        print("\n".join(mutant.name for mutant in chosen))
+        return
+    survivors = 0
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Tree(Path(directory))
+        complaint = tree.killer(None)
+        if complaint is not None:
+            sys.exit(f"the tests fail without a fault: {complaint}")
+        for mutant in chosen:
+            start = time.monotonic()
+            complaint = tree.killer(mutant)
+            survivors += complaint is None
+            outcome = "SURVIVES" if complaint is None else f"killed by {complaint[:110]}"
+            print(f"{mutant.name}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
