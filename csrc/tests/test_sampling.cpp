@@ -278,6 +278,101 @@ TEST(edits_and_cuts_stay_within_the_row) {
   }
 }
 
+TEST(candidates_are_the_best_of_the_edited_log_probabilities) {
+  const int32_t vocab = 203;
+  const std::vector<int32_t> prompt{7, 3, 7, 3};
+  Fixture one(1), four(4);
+  for (int32_t count : {1, 2, 8, 203, 500}) {
+    for (uint32_t seed = 0; seed < 4; ++seed) {
+      auto logits = random_logits(seed, 3 * vocab, 2.0f);
+      logits[9] = logits[4] = 11.0f;  // a tie for the first place of row 0: the lower id goes first
+      Sampler sampler(3);
+      for (int32_t slot = 0; slot < 3; ++slot) {
+        SlotParams p;
+        p.num_candidates = slot == 2 ? 0 : count;  // row 2 draws as ever
+        p.temperature = slot == 1 ? 0.0f : 0.3f;   // says nothing for candidates, nor does top_k
+        p.top_k = 1;
+        if (slot == 1) {
+          p.repetition_penalty = 2.0f;
+          p.bad_words = {{5}, {7, 3, 11}, {3, 12}};
+          p.logit_bias = {{{20}, 5.0f}};
+        }
+        SlotStart start;
+        start.tokens = prompt.data();
+        start.num_tokens = start.num_prompt = static_cast<int64_t>(prompt.size());
+        sampler.set(slot, p, start);
+      }
+      const auto raw = logits;
+      const std::vector<int32_t> slots{0, 1, 2}, positions{4, 4, 4};
+      StepResult result, threaded;
+      sampler.sample(one.ctx, logits.data(), 3, vocab, slots.data(), positions.data(), result);
+      for (int32_t r = 0; r < 2; ++r) {
+        double total = 0;
+        for (int32_t id = 0; id < vocab; ++id) total += std::exp(double(raw[r * vocab + id]));
+        std::vector<std::pair<double, int32_t>> expected;  // (-score, id)
+        for (int32_t id = 0; id < vocab; ++id) {
+          double score = raw[r * vocab + id] - std::log(total);
+          if (r == 1) {
+            if (id == 5 || id == 11 || id == 12) continue;
+            if (id == 3 || id == 7) score *= score < 0 ? 2 : 0.5;  // log-probabilities are edited
+            if (id == 20) score += 5;
+          }
+          expected.emplace_back(-score, id);
+        }
+        std::sort(expected.begin(), expected.end());
+        expected.resize(std::min<size_t>(expected.size(), count));
+        const std::vector<BeamCandidate>& listed = result.candidates[r];
+        CHECK_EQ(listed.size(), expected.size());
+        for (size_t i = 0; i < listed.size(); ++i) {
+          CHECK(std::abs(listed[i].score + expected[i].first) < 1e-4);
+          CHECK(i == 0 || listed[i - 1].score > listed[i].score ||
+                (listed[i - 1].score == listed[i].score && listed[i - 1].id < listed[i].id));
+          const double own = raw[r * vocab + listed[i].id] - std::log(total);
+          CHECK(std::abs(listed[i].logprob - own) < 1e-4);
+        }
+        CHECK_EQ(result.token_ids[r], listed[0].id);
+      }
+      CHECK_EQ(result.candidates[0][0].id, 4);
+      CHECK(result.candidates[2].empty());
+      logits = raw;
+      sampler.sample(four.ctx, logits.data(), 3, vocab, slots.data(), positions.data(), threaded);
+      for (int32_t r = 0; r < 2; ++r) {
+        CHECK_EQ(threaded.candidates[r].size(), result.candidates[r].size());
+        for (size_t i = 0; i < result.candidates[r].size(); ++i) {
+          CHECK_EQ(threaded.candidates[r][i].id, result.candidates[r][i].id);
+          CHECK_EQ(threaded.candidates[r][i].score, result.candidates[r][i].score);
+        }
+      }
+    }
+  }
+}
+
+TEST(candidates_of_rows_that_have_none) {
+  Fixture f(1);
+  const int32_t vocab = 40;
+  Sampler sampler(2);
+  SlotParams p;
+  p.num_candidates = 6;
+  p.allowed_token_ids = {30, 31};
+  sampler.set(0, p);
+  sampler.set(1, p);
+  const uint32_t none[2] = {0, 0};
+  sampler.set_masks(1, none, 1, 2);
+  auto logits = random_logits(2, 3 * vocab, 1.0f);
+  logits[2 * vocab + 3] = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<int32_t> slots{0, 1, 0}, positions{5, 5, 5};
+  for (int32_t first : {0, 1, 2}) {
+    auto row =
+        std::vector<float>(logits.begin() + first * vocab, logits.begin() + (first + 1) * vocab);
+    StepResult result;
+    if (first == 1) sampler.set_masks(1, none, 1, 2);
+    sampler.sample(f.ctx, row.data(), 1, vocab, &slots[first], &positions[first], result);
+    CHECK_EQ(result.candidates[0].size(), static_cast<size_t>(first == 0 ? 2 : 0));
+    if (first == 1) CHECK_EQ(result.token_ids[0], StepResult::kNoneLeft);
+    if (first == 2) CHECK_EQ(result.token_ids[0], StepResult::kNotFinite);
+  }
+}
+
 TEST(parameters_are_checked) {
   Sampler sampler(2);
   auto with = [](auto change) {
@@ -293,4 +388,6 @@ TEST(parameters_are_checked) {
   CHECK_THROWS(sampler.set(0, with([](auto& p) { p.top_k = -1; })), RequestError, "top_k");
   CHECK_THROWS(sampler.set(0, with([](auto& p) { p.top_p = 1.5; })), RequestError, "top_p");
   CHECK_THROWS(sampler.set(0, with([](auto& p) { p.logprobs = -2; })), RequestError, "logprobs");
+  CHECK_THROWS(sampler.set(0, with([](auto& p) { p.num_candidates = -1; })), RequestError,
+               "num_candidates");
 }

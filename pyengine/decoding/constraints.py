@@ -176,10 +176,10 @@ class ConstraintCompiler:
             else:
                 grammar = llguidance.grammar_from(kind, text)
         except ValueError as error:
-            raise RequestError(f"{name}={text!r}: {error}") from None
+            raise RequestError(f"{name}={text!r}: {_line(error)}") from None
         matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(f"{name}={text!r}: {matcher.get_error()}")
+            raise RequestError(f"{name}={text!r}: {_line(matcher.get_error())}")
         return matcher
 
     def _vocabulary(self, llguidance: Any, tokenizer: Tokenizer, ends: tuple[int, ...]) -> Any:
@@ -199,6 +199,11 @@ class ConstraintCompiler:
             found = llguidance.LLTokenizer(wrapper, n_vocab=size, eos_token=list(ends))
             self._vocabularies[ends] = found
         return found
+
+
+def _line(message: object) -> str:
+    """What llguidance says, on one line: its pictures of the place need several."""
+    return " ".join(str(message).split())
 
 
 class _Vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,18 +168,25 @@ class SamplingParams:
     ) -> None:
         given: tuple[Any, ...] = (max_new_tokens, min_new_tokens, num_return_sequences, stop_strings)
         given += (sequence_bias, guided_decoding)
+        taken = {}  # field -> the name that the caller knows it by
         for (alias, field), value in zip(ALIASES.items(), given, strict=True):
-            self._take_alias(alias, field, value)
-        self._take_do_sample(do_sample)
-        self._check_lengths()
-        self._check_edits()
-        self._check_draw()
-        self._check_output()
-        self._check_together()
+            if value is not None:
+                self._take_alias(alias, field, value)
+                taken[field] = alias
+        try:
+            self._take_do_sample(do_sample)
+            self._check_lengths()
+            self._check_edits()
+            self._check_draw()
+            self._check_output()
+            self._check_together()
+        except RequestError as error:
+            message = str(error)
+            for field, alias in taken.items():
+                message = re.sub(rf"\b{field}=", f"{alias}=", message)
+            raise RequestError(message) from None
 
     def _take_alias(self, alias: str, field: str, value: Any) -> None:
-        if value is None:
-            return
         own, unset = getattr(self, field), type(self).__dataclass_fields__[field].default
         if not _same(own, unset) and not _same(own, value):
             raise RequestError(f"{alias}={value!r} and {field}={own!r} are one setting: give one of them")
@@ -275,7 +283,9 @@ class SamplingParams:
             checks.check_bool(field, getattr(self, field))
         checks.strings("stop", self.stop)
         checks.token_ids("stop_token_ids", self.stop_token_ids)
-        if self.eos_token_id is not None and not checks.is_int(self.eos_token_id):
+        if isinstance(self.eos_token_id, int):
+            checks.check_int("eos_token_id", self.eos_token_id, 0)
+        else:
             checks.token_ids("eos_token_id", self.eos_token_id)
 
     def _check_together(self) -> None:
@@ -302,7 +312,11 @@ class SamplingParams:
                 f"{field}={count} with temperature=0: greedy decoding gives {count} times the same text; "
                 f"set {field}=1, or a temperature above 0"
             )
-        if self.mirostat:
+        if not self.mirostat:
+            for field in ("mirostat_tau", "mirostat_eta"):
+                if getattr(self, field) != type(self).__dataclass_fields__[field].default:
+                    refuse(field, "mirostat", "it is for Mirostat, which mirostat=2 turns on")
+        else:
             if self.temperature == 0:
                 refuse("mirostat", "temperature", "greedy decoding draws nothing that it could steer")
             for cut in _CUT_OFFS:

@@ -343,11 +343,14 @@ def _check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
     """Token ids that the model does not have would be taken for satisfied; they are somebody's mistake."""
     biased = [token for ids, _ in checks.biases("logit_bias", params.logit_bias) for token in ids]
     banned = [token for ids in params.bad_words_ids or () for token in ids]
+    eos = (params.eos_token_id,) if isinstance(params.eos_token_id, int) else params.eos_token_id
     for name, ids in (
         ("logit_bias", biased),
         ("bad_words_ids", banned),
         ("allowed_token_ids", params.allowed_token_ids or ()),
         ("suppress_tokens", params.suppress_tokens or ()),
+        ("stop_token_ids", params.stop_token_ids or ()),
+        ("eos_token_id", eos or ()),
     ):
         for token in ids:
             if token >= vocab_size:

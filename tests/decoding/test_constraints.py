@@ -244,7 +244,7 @@ def test_refused_when_made(kwargs: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (StructuredOutputsParams(regex="(a"), r"regex='\(a'"),
+        (StructuredOutputsParams(regex="(a"), r"regex='\(a': [^\n]+$"),
         (StructuredOutputsParams(grammar="start: missing"), "grammar='start: missing'.*missing"),
         (StructuredOutputsParams(json={"type": "nonsense"}), "json=.*nonsense"),
     ],

@@ -268,6 +268,17 @@ def test_controls_are_refused_with_field_and_value(field: str, value: object) ->
         ({"num_beams": 3, "best_of": 2}, "best_of=2 and num_beams=3 contradict"),
         ({"length_penalty": 2.0}, "length_penalty=2.0 and num_beams=1 contradict"),
         ({"early_stopping": False}, "early_stopping=False and num_beams=1 contradict"),
+        ({"mirostat_tau": 3.0}, "mirostat_tau=3.0 and mirostat=0 contradict"),
+        ({"mirostat_eta": 0.2, "top_p": 0.9}, "mirostat_eta=0.2 and mirostat=0 contradict"),
+        # By the names that the caller gave
+        ({"max_new_tokens": 0}, "^max_new_tokens=0: must be an integer from 1 to"),
+        ({"num_return_sequences": 0}, "^num_return_sequences=0: must be"),
+        ({"num_return_sequences": 3, "num_beams": 2}, "^num_return_sequences=3 and num_beams=2 contradict"),
+        ({"min_new_tokens": 4, "max_new_tokens": 3}, "^min_new_tokens=4 and max_new_tokens=3 contradict"),
+        ({"stop_strings": [""]}, r"^stop_strings=\[''\]: every entry"),
+        ({"sequence_bias": 5}, "^sequence_bias=5: must map"),
+        ({"guided_decoding": "a+"}, "^guided_decoding='a\\+': must be StructuredOutputsParams"),
+        ({"eos_token_id": -1}, "^eos_token_id=-1: must be an integer from 0 to"),
     ],
 )
 def test_contradicting_controls(kwargs: dict[str, Any], message: str) -> None:
@@ -347,6 +358,9 @@ def test_bad_words_are_banned_at_the_start_and_after_a_space() -> None:
         ("allowed_token_ids", [3, 50]),
         ("bad_words_ids", [[50]]),
         ("suppress_tokens", [50]),
+        ("stop_token_ids", [50]),
+        ("eos_token_id", 50),
+        ("eos_token_id", [3, 51]),
     ],
 )
 def test_ids_outside_of_the_vocabulary(field: str, value: Any) -> None:
