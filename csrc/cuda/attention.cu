@@ -38,8 +38,10 @@ constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 128;
 // key. `partial` is null where there is one segment only: the result then goes to `out`.
 // Budget of decode_attention<*>: 128 threads, 72 registers, 6160 bytes shared; LDG.128
 // Budget of decode_attention<*, signed char>: 128 threads, 72 registers, 6160 bytes shared; LDG.64
+// Budget of decode_attention<float, float>: 128 threads, 80 registers, 6160 bytes shared; LDG.128
+// Budget of decode_attention<float, signed char>: 128 threads, 80 registers, 6160 bytes shared
 template <class T, class KV>
-__global__ void __launch_bounds__(kDecodeThreads, 7)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 6 : 7)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
   PYENGINE_SHARED(q, float[kMaxHeadDim]);
@@ -248,7 +250,7 @@ __global__ void __launch_bounds__(128)
 // Scores leave one product in the very registers in which the next wants them.
 // Budget of prefill_attention<*>: 128 threads, 168 registers; HMMA LDSM LDGSTS.128
 // Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM LDGSTS.128
-// Budget of prefill_attention<*, 128>: 128 threads, 216 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 128>: 128 threads, 232 registers; HMMA LDSM LDGSTS.128
 constexpr int kTileKeys = 64;
 template <class T, int head_dim>
 __global__ void __launch_bounds__(128, 1)
