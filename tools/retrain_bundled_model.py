@@ -28,7 +28,7 @@ FILES = "config.json generation_config.json model.safetensors tokenizer.json tok
 # 6 x 256 with 4096 tokens fills the 12 MB with float16 weights.
 OPTIONS = """
 --tokenizer bpe --vocab-size 4096 --n-layer 6 --n-head 4 --n-embd 256 --block-size 512
---batch-size 8 --steps 4500 --optimizer muon --lr 0.007 --min-lr 0 --schedule wsd --decay-fraction 0.7
+--batch-size 8 --optimizer muon --lr 0.007 --min-lr 0 --schedule wsd --decay-fraction 0.55
 --warmup-steps 100 --beta2 0.95 --dropout 0.1 --dtype bfloat16 --eval-every 500 --save-every 100
 --export-dtype float16 --resume auto
 """.split()
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="directory with *.txt and gutenberg/*.txt")
     parser.add_argument("--work", type=Path, default=Path("runs/bundled"), help="corpus, run and its state")
     parser.add_argument("--out", type=Path, default=ROOT / "pyengine/assets/gutenberg-gpt2")
+    parser.add_argument("--steps", type=int, default=6500, help="of 4,096 tokens each [%(default)s]")
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,7 @@ def main() -> None:
 
     run = work / "run"
     sources = ("--data", work / "train.jsonl", "--val-data", work / "val.jsonl", "--out", run)
-    pyengine_cli("train", *sources, *OPTIONS)
+    pyengine_cli("train", *sources, *OPTIONS, "--steps", args.steps)
     size = sum((run / name).stat().st_size for name in FILES.split())
     if size > MAX_BYTES:
         raise SystemExit(f"{run} takes {size} bytes, more than {MAX_BYTES}: make the model smaller")
