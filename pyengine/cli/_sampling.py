@@ -226,12 +226,15 @@ def _constraint(
         )
     if json_schema is not None and not json_schema.lstrip().startswith("{"):
         json_schema = _read("--json-schema", json_schema)
+    regex = None if regex is None else _text.argument(regex, "--regex")
+    choices = [_text.argument(text, "--choice") for text in choice] or None
+    grammar = None if grammar is None else _read("--grammar", grammar)
     try:
         return StructuredOutputsParams(
             json=json_schema,
-            regex=None if regex is None else _text.argument(regex, "--regex"),
-            choice=[_text.argument(text, "--choice") for text in choice] or None,
-            grammar=None if grammar is None else _read("--grammar", grammar),
+            regex=regex,
+            choice=choices,
+            grammar=grammar,
             json_object=json_object or None,
             disable_any_whitespace=disable_any_whitespace,
         )

@@ -67,7 +67,7 @@ ARGUMENTS: list[tuple[int, str, tuple[str, ...]]] = [
     (2, "generate --max-tokens 1e3 a", ("--max-tokens", "1e3")),
     (2, "generate --max-tokens 99999999999999999999 a", ("max_tokens=99999999999999999999",)),
     (1, "generate --max-length 1 hello", ("max_length=1", "2 tokens", "3 or more")),
-    (2, "generate --max-length 9 --max-tokens 9 a", ("--max-length", "--max-tokens", "one of the two")),
+    (2, "generate --max-length 9 --max-tokens 9 a", ("max_tokens=9 and max_length=9", "contradict")),
     (2, "generate --temperature -1 a", ("temperature=-1.0",)),
     (2, "generate --temperature nan a", ("temperature=nan",)),
     (2, "generate --temperature 1e39 a", ("temperature=1e+39", "float32")),
@@ -79,7 +79,20 @@ ARGUMENTS: list[tuple[int, str, tuple[str, ...]]] = [
     (2, "generate --n 0 a", ("n=0",)),
     (2, "generate --n 2 --temperature 0 a", ("n=2", "temperature=0")),
     (1, "generate --n 2 a", ("n=2", "do_sample: false")),
-    (2, "generate --stop \udcff a", ("stop=", "lone surrogate")),
+    (1, "generate --stop \udcff a", ("--stop: not UTF-8",)),
+    (1, "generate --bad-words \udcff a", ("--bad-words: not UTF-8",)),
+    (1, "generate --regex \udcff a", ("--regex: not UTF-8",)),
+    (1, "generate --grammar /nowhere a", ("/nowhere: No such file",)),
+    (2, "generate --logit-bias 1=x a", ("--logit-bias", "'1=x'")),
+    (1, "generate --suppress-tokens 260 a", ("suppress_tokens: token id 260", "0 to 259")),
+    (1, "generate --stop-token-ids 260 a", ("stop_token_ids: token id 260", "0 to 259")),
+    (1, "generate --speculative-model /nowhere a", ("/nowhere does not exist",)),
+    (1, "generate --draft-model x --num-speculative-tokens 0 a", ("num_speculative_tokens=0", "1 to 256")),
+    (2, "generate --speculative-config x a", ("--speculative-config: not JSON",)),
+    (1, "chat --load /nowhere", ("/nowhere: No such file",)),
+    (1, "chat --system \udcff", ("--system: not UTF-8",)),
+    (1, "chat --format template", ("has no chat template",)),
+    (2, "chat --mirostat 2 --top-k 4", ("mirostat=2 and top_k=4",)),
     (2, "generate --truncate-prompt-tokens 0 a", ("truncate_prompt_tokens=0",)),
     (2, "generate --json --logprobs 65 a", ("logprobs=65", "0 to 64")),
     (2, "generate --logprobs 1 a", ("--logprobs needs --json",)),
@@ -118,7 +131,7 @@ def test_arguments(code: int, line: str, fragments: tuple[str, ...], model: str)
     refused_command(name, "--model", model, *arguments, code=code, fragments=fragments)
 
 
-@pytest.mark.parametrize("name", ["generate", "score", "tokenize", "inspect"])
+@pytest.mark.parametrize("name", ["generate", "chat", "score", "tokenize", "inspect"])
 @pytest.mark.parametrize(
     ("path", "fragments"),
     [
@@ -131,7 +144,8 @@ def test_arguments(code: int, line: str, fragments: tuple[str, ...], model: str)
     ],
 )
 def test_models_that_are_none(name: str, path: str, fragments: tuple[str, ...]) -> None:
-    refused_command(name, "--model", path, *(["a"] if name != "inspect" else []), fragments=fragments)
+    prompt = [] if name in ("inspect", "chat") else ["a"]
+    refused_command(name, "--model", path, *prompt, fragments=fragments)
 
 
 def test_a_directory_whose_name_is_not_utf8(tmp_path: Path) -> None:
