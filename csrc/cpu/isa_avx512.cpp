@@ -17,6 +17,7 @@
 #include "cpu/attention_fma.inl"
 #include "cpu/attention_i8.inl"
 #include "cpu/elementwise.inl"
+#include "cpu/sampling.inl"
 #include "cpu/quantize.inl"
 #include "cpu/table.inl"
 // clang-format on

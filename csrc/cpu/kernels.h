@@ -10,6 +10,9 @@
 
 namespace pyengine::cpu {
 
+using ops::kLogitBlock;
+using ops::kSumThresholds;
+
 // Columns of one work item of a dense layer at most, unless that cuts what must stay together; a
 // multiple of every back end's panel width.
 constexpr int64_t kMaxItemColumns = 384;
@@ -153,6 +156,14 @@ struct Kernels {
   bool (*quantize)(const QuantizeJob& job, int64_t tile0, int64_t tiles, float* scratch);
   // Root of the mean square of row `row` of n columns.
   float (*row_rms)(const void* w, DType dtype, int64_t row, int64_t n);
+
+  // Of one row of logits or weights, the same bits on every instruction set: see ops.h.
+  bool (*block_maxima)(const float* x, int64_t n, float* maxima);
+  void (*exp_weights)(const float* x, int64_t n, float max, float scale, float* weights,
+                      float* block_sums);
+  void (*sums_above)(const float* w, int64_t n, const float* thresholds, double* sums);
+  void (*keep_above)(float* w, int64_t n, float threshold, float* block_sums);
+  int64_t (*select_between)(const float* x, int64_t n, float low, float high, int32_t* indices);
 };
 
 }  // namespace pyengine::cpu

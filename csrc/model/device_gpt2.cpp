@@ -84,7 +84,7 @@ void DeviceGPT2::score(ExecContext& ctx, int32_t first, const ScoredRows& scored
       result.scores[begin + i] = logprob(x[scored.targets[begin + i]]);
       if (scored.top_n == 0) continue;
       auto& tops = result.score_tops[begin + i];
-      if (!row.load(x, vocab)) {
+      if (!row.load(ctx, x, vocab)) {
         tops.assign(scored.top_n, {-1, std::numeric_limits<float>::quiet_NaN()});
         continue;
       }

@@ -146,6 +146,23 @@ void score_rows(ExecContext& ctx, const void* x, int64_t num_rows, const Weight&
 void log_sum_exp(ExecContext& ctx, const float* logits, int64_t vocab_size, const int32_t* rows,
                  int64_t num_rows, double* out);
 
+// Passes over one row of n logits or weights, by the calling thread. They give the same bits on
+// every instruction set, so that a seed draws the same token from the same logits everywhere.
+// maxima (ceil(n / kLogitBlock),): the largest of each block; false if a value is NaN.
+bool block_maxima(const ExecContext& ctx, const float* x, int64_t n, float* maxima);
+// weights[i] = exp((x[i] - max) scale), scale > 0, max the largest x; block_sums as maxima.
+void exp_weights(const ExecContext& ctx, const float* x, int64_t n, float max, float scale,
+                 float* weights, float* block_sums);
+// sums[k], k < kSumThresholds: of the weights above thresholds[k].
+void sums_above(const ExecContext& ctx, const float* weights, int64_t n, const float* thresholds,
+                double* sums);
+// Weights that are not above the threshold become 0; block_sums of the others.
+void keep_above(const ExecContext& ctx, float* weights, int64_t n, float threshold,
+                float* block_sums);
+// Indices i with low <= x[i] < high, rising; returns how many. indices (n,).
+int64_t select_between(const ExecContext& ctx, const float* x, int64_t n, float low, float high,
+                       int32_t* indices);
+
 // dst blocks = src blocks, for n pairs (src, dst); no block is both read and written.
 void copy_blocks(ExecContext& ctx, const KVLayerView& cache, const int32_t* pairs, int64_t n);
 

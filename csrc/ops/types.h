@@ -73,6 +73,8 @@ constexpr int64_t packed_words(DType dtype, int64_t in_features, int64_t out_fea
          packed_column_words(dtype, in_features);
 }
 
+constexpr int kSumThresholds = 8;  // of sums_above
+
 // The order in which tokens are preferred: higher logit, then lower id.
 constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
   return logit_a > logit_b || (logit_a == logit_b && id_a < id_b);

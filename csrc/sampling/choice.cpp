@@ -44,7 +44,7 @@ int32_t draw(const std::vector<Candidate>& candidates, double u) {
 
 }  // namespace
 
-bool cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t vocab_size,
+Kept cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t vocab_size,
              std::vector<Candidate>& candidates, double& total) {
   const float temperature = params.temperature;
   const float scale = inverse_temperature(temperature);
@@ -53,7 +53,7 @@ bool cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t voc
     const double least = std::min(std::exp2(-mirostat_mu) * row.all_weights(temperature), 1.0);
     select_by_weight(row, least, temperature, candidates);
     keep_min_p(least, candidates);
-    return true;
+    return Kept::candidates;
   }
   const bool cut_k = params.top_k > 0 && params.top_k < vocab_size;
   const bool cut_p = params.top_p < 1.0;
@@ -63,12 +63,13 @@ bool cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t voc
     set_weights(row, scale, candidates);
     if (cut_p) keep_top_p(params.top_p, total_weight(candidates), candidates);
   } else if (cut_p) {
-    total = row.all_weights(temperature);
-    // Tokens lighter than this weigh less than (1 - top_p) of the total all together, so the set
-    // that reaches top_p has none of them. The factor leaves room for rounding.
-    const double light = (1.0 - params.top_p) * total / vocab_size * 0.5;
-    select_by_weight(row, std::min(light, 1.0), temperature, candidates);
-    keep_top_p(params.top_p, total, candidates);
+    row.all_weights(temperature);
+    total = row.keep_top_p(params.top_p);
+    if (!cut_typical && params.epsilon_cutoff == 0 && params.eta_cutoff == 0) {
+      if (params.min_p > 0) total = row.keep_at_least(params.min_p);
+      return Kept::weighted;
+    }
+    row.select_weighted(candidates);
   } else if (params.min_p > 0) {
     select_by_weight(row, params.min_p, temperature, candidates);
   } else if (cut_typical || params.eta_cutoff > 0) {
@@ -78,24 +79,24 @@ bool cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t voc
     const double least = std::min(params.epsilon_cutoff * row.all_weights(temperature), 1.0);
     select_by_weight(row, least, temperature, candidates);
     keep_min_p(least, candidates);
-    return true;
+    return Kept::candidates;
   } else {
     total = row.all_weights(temperature);
-    return false;
+    return Kept::all;
   }
   if (params.min_p > 0) keep_min_p(params.min_p, candidates);
   if (cut_typical) keep_typical(params.typical_p, row.max(), scale, candidates);
   // The best token may be gone now: what follows compares with the best of those that are left.
   if (params.epsilon_cutoff > 0) keep_epsilon(params.epsilon_cutoff, candidates);
   if (params.eta_cutoff > 0) keep_eta(params.eta_cutoff, row.max(), scale, candidates);
-  return true;
+  return Kept::candidates;
 }
 
 int32_t choose(Row& row, const SlotParams& params, int32_t vocab_size, double u,
                std::vector<Candidate>& candidates, double& mirostat_mu) {
   if (params.temperature == 0.0f) return row.argmax();
   double total = 0;
-  if (!cut_off(row, params, mirostat_mu, vocab_size, candidates, total)) {
+  if (cut_off(row, params, mirostat_mu, vocab_size, candidates, total) != Kept::candidates) {
     return row.draw_from_all(u * total);
   }
   const int32_t chosen = draw(candidates, u);

@@ -8,9 +8,15 @@
 
 namespace pyengine::sampling {
 
-// What the cut-offs leave of a loaded row, with weights; temperature above 0. False if nothing is
-// cut off: the row's own weights are then set, and `total` is their sum.
-bool cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t vocab_size,
+// Where to find what the cut-offs leave of a loaded row.
+enum class Kept {
+  all,         // nothing is cut off: the row's weights are set, and `total` is their sum
+  weighted,    // the tokens that weigh anything among the row's weights; `total` as above
+  candidates,  // in `candidates`, with weights
+};
+
+// Temperature above 0.
+Kept cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t vocab_size,
              std::vector<Candidate>& candidates, double& total);
 
 // The token of a loaded row. u in [0, 1). Moves mirostat_mu where Mirostat is on.

@@ -8,29 +8,9 @@
 
 namespace pyengine::sampling {
 
-namespace {
-
-constexpr int kLanes =
-    16;  // independent chains: enough for any vector width, and a fixed order of sums
-
-// Sum of n weights, lane by lane; n <= Row::kBlock.
-double block_total(const float* w, int n) {
-  float lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lanes[j] += w[i + j];
-  }
-  for (int j = 0; i + j < n; ++j) lanes[j] += w[i + j];
-  double sum = 0;
-  for (float lane : lanes) sum += lane;
-  return sum;
-}
-
-}  // namespace
-
 float exp_nonpositive(float x) {
   // x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its series to r^7 / 7! (Cephes' split of ln 2).
-  x = x > -87.0f ? x : -87.5f;
+  x = x > -87.5f ? x : -87.5f;
   float shifted =
       x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
   float n = shifted - 12582912.0f;
@@ -64,36 +44,16 @@ bool Row::take_maxima(const float* block_max) {
   return sum == 0.0f;
 }
 
-bool Row::load(const float* logits, int32_t vocab_size, const float* block_max) {
+bool Row::load(const ExecContext& ctx, const float* logits, int32_t vocab_size,
+               const float* block_max) {
+  ctx_ = &ctx;
   logits_ = logits;
   vocab_size_ = vocab_size;
-  int32_t blocks = (vocab_size + kBlock - 1) / kBlock;
-  block_max_.resize(blocks);
+  block_max_.resize((vocab_size + kBlock - 1) / kBlock);
   if (block_max != nullptr && take_maxima(block_max)) return true;
-  int32_t is_nan[kLanes] = {};
-  for (int32_t b = 0; b < blocks; ++b) {
-    const float* x = logits + static_cast<int64_t>(b) * kBlock;
-    int n = std::min(kBlock, vocab_size - b * kBlock);
-    float lanes[kLanes];
-    std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) {
-        lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-        is_nan[j] |= x[i + j] != x[i + j];
-      }
-    }
-    for (int j = 0; i + j < n; ++j) {
-      lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
-      is_nan[j] |= x[i + j] != x[i + j];
-    }
-    float best = lanes[0];
-    for (int j = 1; j < kLanes; ++j) best = lanes[j] > best ? lanes[j] : best;
-    block_max_[b] = best;
-  }
+  const bool are_numbers = ops::block_maxima(ctx, logits, vocab_size, block_max_.data());
   max_ = *std::max_element(block_max_.begin(), block_max_.end());
-  bool any_nan = std::any_of(is_nan, is_nan + kLanes, [](int32_t nan) { return nan != 0; });
-  return !any_nan && std::isfinite(max_);
+  return are_numbers && std::isfinite(max_);
 }
 
 int32_t Row::argmax() const {
@@ -142,17 +102,79 @@ void Row::select_top_k(int32_t k, std::vector<Candidate>& out) {
 double Row::all_weights(float temperature) {
   weights_.resize(vocab_size_);
   block_sum_.resize(block_max_.size());
-  const float max = max_;
-  const float scale = inverse_temperature(temperature);
+  ops::exp_weights(*ctx_, logits_, vocab_size_, max_, inverse_temperature(temperature),
+                   weights_.data(), block_sum_.data());
+  return sum_blocks();
+}
+
+double Row::sum_blocks() const {
   double total = 0;
-  for (size_t b = 0; b < block_max_.size(); ++b) {
-    const float* x = logits_ + b * kBlock;
-    float* w = weights_.data() + b * kBlock;
-    int n = std::min(kBlock, vocab_size_ - static_cast<int32_t>(b * kBlock));
-    for (int i = 0; i < n; ++i) w[i] = exp_nonpositive((x[i] - max) * scale);
-    total += block_sum_[b] = block_total(w, n);
-  }
+  for (float sum : block_sum_) total += sum;
   return total;
+}
+
+double Row::keep_top_p(double top_p) {
+  const double total = sum_blocks(), enough = top_p * total;
+  // The tokens above `low` reach `enough`, those above `high` do not: what weighs less than `low`
+  // at first weighs less than 1 - top_p all together (the factor leaves room for rounding).
+  const double light = (1.0 - top_p) * total / vocab_size_ * 0.5;
+  auto low = static_cast<float>(std::clamp(light, 1e-37, 0.5)), high = 1.0f;
+  double above_high = 0;
+  constexpr int kRounds = 3;  // each narrows [low, high] to a ninth
+  for (int round = 0; round < kRounds; ++round) {
+    float thresholds[ops::kSumThresholds];
+    double sums[ops::kSumThresholds];
+    const double step = std::log(double{high} / low) / (ops::kSumThresholds + 1);
+    for (int k = 0; k < ops::kSumThresholds; ++k) {
+      thresholds[k] = std::min(static_cast<float>(low * std::exp(step * (k + 1))), high);
+    }
+    ops::sums_above(*ctx_, weights_.data(), vocab_size_, thresholds, sums);
+    const auto first_short = std::find_if(std::begin(sums), std::end(sums),
+                                          [enough](double sum) { return sum < enough; }) -
+                             std::begin(sums);
+    if (first_short < ops::kSumThresholds) {
+      high = thresholds[first_short];
+      above_high = sums[first_short];
+    }
+    if (first_short > 0) low = thresholds[first_short - 1];
+  }
+  auto above = [](float x) { return std::nextafter(x, std::numeric_limits<float>::infinity()); };
+  indices_.resize(vocab_size_);
+  const int64_t found = ops::select_between(*ctx_, weights_.data(), vocab_size_, above(low),
+                                            above(high), indices_.data());
+  edge_.clear();
+  for (int64_t i = 0; i < found; ++i) {
+    const int32_t id = indices_[i];
+    edge_.push_back({id, logits_[id], weights_[id]});
+  }
+  std::sort(edge_.begin(), edge_.end(), better);
+  ops::keep_above(*ctx_, weights_.data(), vocab_size_, high, block_sum_.data());
+  double mass = above_high;
+  for (const Candidate& c : edge_) {
+    if (mass > 0 && mass >= enough) break;
+    mass += c.weight;
+    weights_[c.id] = c.weight;
+    block_sum_[c.id / kBlock] += c.weight;
+  }
+  return sum_blocks();
+}
+
+double Row::keep_at_least(double weight) {
+  auto threshold = static_cast<float>(weight);  // the largest float below `weight`
+  if (threshold >= weight) threshold = std::nextafter(threshold, -1.0f);
+  ops::keep_above(*ctx_, weights_.data(), vocab_size_, threshold, block_sum_.data());
+  return sum_blocks();
+}
+
+void Row::select_weighted(std::vector<Candidate>& out) const {
+  indices_.resize(vocab_size_);
+  const int64_t found = ops::select_between(
+      *ctx_, weights_.data(), vocab_size_, std::numeric_limits<float>::denorm_min(),
+      std::numeric_limits<float>::infinity(), indices_.data());
+  out.clear();
+  for (int64_t i = 0; i < found; ++i) {
+    out.push_back({indices_[i], logits_[indices_[i]], weights_[indices_[i]]});
+  }
 }
 
 int32_t Row::draw_from_all(double target) const {

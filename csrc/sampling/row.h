@@ -1,5 +1,5 @@
-// Passes over one row of logits. Everything runs on one thread in one fixed order, in plain C++
-// without instruction set of its own, so the same logits give the same token everywhere.
+// Passes over one row of logits. Everything runs on one thread in one fixed order, the same on
+// every instruction set, so the same logits give the same token everywhere.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "ops/types.h"
+#include "ops/ops.h"
 
 namespace pyengine::sampling {
 
@@ -21,7 +21,8 @@ inline bool better(const Candidate& a, const Candidate& b) {
   return ops::better(a.logit, a.id, b.logit, b.id);
 }
 
-// exp(x) for x <= 0, relative error below 2e-7; 0 below -87. Branch-free, so that loops vectorise.
+// exp(x) for x <= 0, relative error below 2e-7; 0 below -87.25. Bit for bit what ops::exp_weights
+// computes.
 float exp_nonpositive(float x);
 
 // 1 / temperature, kept finite so that 0 * it is 0.
@@ -35,7 +36,8 @@ class Row {
 
   // Finds the maxima. False if a logit is NaN or +inf, or all are -inf.
   // block_max: of the same logits (ops::head), which then need not be read, or null.
-  bool load(const float* logits, int32_t vocab_size, const float* block_max = nullptr);
+  bool load(const ExecContext& ctx, const float* logits, int32_t vocab_size,
+            const float* block_max = nullptr);
 
   float max() const { return max_; }
   int32_t argmax() const;  // the lowest id of equals
@@ -49,21 +51,31 @@ class Row {
   // weights[i] = exp((logits[i] - max) / temperature) for all tokens; returns their sum.
   double all_weights(float temperature);
 
-  float weight(int32_t id) const { return weights_[id]; }  // of the last all_weights()
+  // After all_weights(): the weights of tokens that are cut off become 0; what is left of the sum.
+  // top_p < 1: keeps the smallest set of best tokens that reaches it; at least one.
+  double keep_top_p(double top_p);
+  double keep_at_least(double weight);  // at most 1, the weight of the best token
 
-  // The first token, ids rising, at which the running sum of all_weights() passes `target`.
+  float weight(int32_t id) const { return weights_[id]; }   // of the last all_weights()
+  void select_weighted(std::vector<Candidate>& out) const;  // all that weigh anything, ids rising
+
+  // The first token, ids rising, at which the running sum of the weights passes `target`.
   int32_t draw_from_all(double target) const;
 
  private:
   bool take_maxima(const float* block_max);
+  double sum_blocks() const;
 
+  const ExecContext* ctx_ = nullptr;
   const float* logits_ = nullptr;
   int32_t vocab_size_ = 0;
   float max_ = 0;
   std::vector<float> block_max_;
   std::vector<float> weights_;
-  std::vector<double> block_sum_;
+  std::vector<float> block_sum_;
   std::vector<float> scratch_;
+  mutable std::vector<int32_t> indices_;
+  std::vector<Candidate> edge_;
 };
 
 }  // namespace pyengine::sampling

@@ -212,11 +212,11 @@ int32_t Sampler::run_processor(const Rows& rows, int64_t r) {
 }
 
 // From the row as it is to its token.
-void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
-                     StepResult& result) {
+void Sampler::finish(const ExecContext& ctx, const Rows& rows, int64_t r, Workspace& workspace,
+                     bool was_edited, StepResult& result) {
   Slot& slot = slots_[rows.slots[r]];
   Row& row = workspace.row;
-  if (was_edited && !row.load(rows.of(r), rows.vocab_size)) {
+  if (was_edited && !row.load(ctx, rows.of(r), rows.vocab_size)) {
     result.token_ids[r] = StepResult::kNoneLeft;
     return;
   }
@@ -232,10 +232,10 @@ void Sampler::finish(const Rows& rows, int64_t r, Workspace& workspace, bool was
 }
 
 template <class Original>
-void Sampler::list_candidates(const Rows& rows, int64_t r, Workspace& workspace,
-                              Original&& original, StepResult& result) {
+void Sampler::list_candidates(const ExecContext& ctx, const Rows& rows, int64_t r,
+                              Workspace& workspace, Original&& original, StepResult& result) {
   const Slot& slot = slots_[rows.slots[r]];
-  if (!workspace.row.load(rows.of(r), rows.vocab_size)) {
+  if (!workspace.row.load(ctx, rows.of(r), rows.vocab_size)) {
     result.token_ids[r] = StepResult::kNoneLeft;
     return;
   }
@@ -264,7 +264,7 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
     processed_originals_.resize(processed_rows_.size());
   }
   ctx.pool.parallel_for(static_cast<int64_t>(group_starts_.size()) - 1, [&](int64_t i, int worker) {
-    sample_group(rows, group_starts_[i], group_starts_[i + 1], workspaces_[worker], result);
+    sample_group(ctx, rows, group_starts_[i], group_starts_[i + 1], workspaces_[worker], result);
   });
   if (!processed_rows_.empty()) {
     for (int32_t r : processed_rows_) {
@@ -277,10 +277,10 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
       const SlotParams& params = slots_[slots[r]].params;
       if (params.num_candidates > 0) {
         list_candidates(
-            rows, r, workspaces_[worker], [&](int32_t id) { return originals[id]; }, result);
+            ctx, rows, r, workspaces_[worker], [&](int32_t id) { return originals[id]; }, result);
         return;
       }
-      finish(rows, r, workspaces_[worker], true, result);
+      finish(ctx, rows, r, workspaces_[worker], true, result);
       const int32_t token = result.token_ids[r];
       if (token >= 0 && params.logprobs >= 0) result.logprobs[r] = logprob(r, originals[token]);
     });
@@ -288,21 +288,21 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
   for (int64_t r = 0; r < num_rows; ++r) slots_[slots[r]].masks.clear();
 }
 
-void Sampler::sample_group(const Rows& rows, int64_t first, int64_t last, Workspace& workspace,
-                           StepResult& result) {
+void Sampler::sample_group(const ExecContext& ctx, const Rows& rows, int64_t first, int64_t last,
+                           Workspace& workspace, StepResult& result) {
   int64_t r = first;
   do {
-    sample_row(rows, r, static_cast<size_t>(r - first), workspace, result);
+    sample_row(ctx, rows, r, static_cast<size_t>(r - first), workspace, result);
     ++r;
   } while (r < last && result.token_ids[r - 1] == rows.drafts[r]);
   std::fill(result.token_ids.begin() + r, result.token_ids.begin() + last, StepResult::kSkipped);
 }
 
-void Sampler::sample_row(const Rows& rows, int64_t r, size_t place, Workspace& workspace,
-                         StepResult& result) {
+void Sampler::sample_row(const ExecContext& ctx, const Rows& rows, int64_t r, size_t place,
+                         Workspace& workspace, StepResult& result) {
   const Slot& slot = slots_[rows.slots[r]];
   const int32_t vocab_size = rows.vocab_size;
-  if (!workspace.row.load(rows.of(r), vocab_size, rows.block_max_of(r))) {
+  if (!workspace.row.load(ctx, rows.of(r), vocab_size, rows.block_max_of(r))) {
     result.token_ids[r] = StepResult::kNotFinite;
     return;
   }
@@ -330,10 +330,11 @@ void Sampler::sample_row(const Rows& rows, int64_t r, size_t place, Workspace& w
   if (listed || edits) edit(rows, r, place, workspace);
   if (listed) {
     const sampling::EditedRow& edited = workspace.edited;
-    list_candidates(rows, r, workspace, [&](int32_t id) { return edited.original(id); }, result);
+    list_candidates(
+        ctx, rows, r, workspace, [&](int32_t id) { return edited.original(id); }, result);
     return;
   }
-  finish(rows, r, workspace, edits, result);
+  finish(ctx, rows, r, workspace, edits, result);
   const int32_t token = result.token_ids[r];
   if (scored && token >= 0) {
     result.logprobs[r] = logprob(r, edits ? workspace.edited.original(token) : rows.of(r)[token]);
@@ -356,12 +357,16 @@ void Sampler::process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t
     if (slot.params.has_processor && run_processor(rows, r) != 0) {
       throw RequestError("the logits processor of slot " + std::to_string(slots[r]) + " failed");
     }
-    if (!workspace.row.load(x, vocab_size) || slot.params.temperature == 0.0f) continue;
+    if (!workspace.row.load(ctx, x, vocab_size) || slot.params.temperature == 0.0f) continue;
     const float scale = sampling::inverse_temperature(slot.params.temperature);
     double total = 0;
-    if (!sampling::cut_off(workspace.row, slot.params, slot.mirostat_mu, vocab_size,
-                           workspace.candidates, total)) {
-      for (int32_t i = 0; i < vocab_size; ++i) x[i] *= scale;
+    const sampling::Kept kept = sampling::cut_off(workspace.row, slot.params, slot.mirostat_mu,
+                                                  vocab_size, workspace.candidates, total);
+    if (kept != sampling::Kept::candidates) {
+      const bool all = kept == sampling::Kept::all;
+      for (int32_t i = 0; i < vocab_size; ++i) {
+        x[i] = all || workspace.row.weight(i) > 0 ? x[i] * scale : kCutOff;
+      }
       continue;
     }
     std::fill_n(x, vocab_size, kCutOff);

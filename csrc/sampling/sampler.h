@@ -121,20 +121,20 @@ class Sampler {
   // place: of the row among its slot's.
   void edit(const Rows& rows, int64_t r, size_t place, Workspace& workspace);
   // Rows [first, last): one, and those that follow it.
-  void sample_group(const Rows& rows, int64_t first, int64_t last, Workspace& workspace,
-                    StepResult& result);
+  void sample_group(const ExecContext& ctx, const Rows& rows, int64_t first, int64_t last,
+                    Workspace& workspace, StepResult& result);
   float logprob(int64_t r, float logit) const {
     return static_cast<float>(logit - row_log_total_[r]);
   }
-  void sample_row(const Rows& rows, int64_t r, size_t place, Workspace& workspace,
-                  StepResult& result);
+  void sample_row(const ExecContext& ctx, const Rows& rows, int64_t r, size_t place,
+                  Workspace& workspace, StepResult& result);
   int32_t run_processor(const Rows& rows, int64_t r);
-  void finish(const Rows& rows, int64_t r, Workspace& workspace, bool was_edited,
-              StepResult& result);
+  void finish(const ExecContext& ctx, const Rows& rows, int64_t r, Workspace& workspace,
+              bool was_edited, StepResult& result);
   // The best of a loaded row of edited log-probabilities; original(id): before they were edited.
   template <class Original>
-  void list_candidates(const Rows& rows, int64_t r, Workspace& workspace, Original&& original,
-                       StepResult& result);
+  void list_candidates(const ExecContext& ctx, const Rows& rows, int64_t r, Workspace& workspace,
+                       Original&& original, StepResult& result);
 
   std::vector<Slot> slots_;
   Processor processor_;
