@@ -126,11 +126,15 @@ _SPECULATION = (
     _speculation_option(
         "--speculative-model",
         "--draft-model",
+        "--assistant-model",
+        "speculative_model",
         metavar="PATH|ID",
         help="A smaller checkpoint with the same tokenizer guesses.",
     ),
     _speculation_option(
         "--num-speculative-tokens",
+        "--num-assistant-tokens",
+        "num_speculative_tokens",
         type=int,
         metavar="N",
         help="Guess N tokens at most.  [default: 15; 5 with a model]",

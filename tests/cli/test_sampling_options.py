@@ -108,6 +108,7 @@ def test_schemas_and_grammars_come_from_files(run: Run, fake_llm: Fake, tmp_path
         ("--speculative-method suffix", {"method": "suffix"}),
         ("--speculative-model m --num-speculative-tokens 4", {"model": "m", "num_speculative_tokens": 4}),
         ("--draft-model m", {"model": "m"}),
+        ("--assistant-model m --num-assistant-tokens 3", {"model": "m", "num_speculative_tokens": 3}),
         (
             '--speculative-config {"method":"ngram"} --num-speculative-tokens 4',
             {"method": "ngram", "num_speculative_tokens": 4},
