@@ -102,6 +102,17 @@ float worst_of_a_conversation(Pair& pair) {
     step.add(first, at, at + 1, a);
     run(step);
   }
+  // One token of a short context, then one of a long one: graphs of different numbers of segments,
+  // in buffers that no longer grow.
+  c_blocks.push_back(manager.allocate(1)[0]);
+  BatchBuilder both, short_one, long_one;
+  both.add(first, 292, 293, a);
+  both.add(mixed, 80, 81, c_blocks);
+  run(both);
+  short_one.add(mixed, 81, 82, c_blocks);
+  run(short_one);
+  long_one.add(first, 293, 294, a);
+  run(long_one);
   return worst;
 }
 
