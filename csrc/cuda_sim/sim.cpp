@@ -298,13 +298,16 @@ void* Device::shared(const void* key, size_t bytes) {
   return found->second.data;
 }
 
+// Within an Unwatched, which ends meanwhile: should the block fail, the fiber never comes back.
 void Device::wait(State state, const char* file, int line) {
   Thread& t = current();
   t.state = state;
   t.file = file;
   t.line = line;
   __tsan_release(&end_token_);  // should the block fail, what threads did so far lies behind it
+  __tsan_ignore_thread_end();
   t.fiber->suspend();
+  __tsan_ignore_thread_begin();
 }
 
 void Device::barrier(const char* file, int line) {
