@@ -8,13 +8,10 @@
 #include <cstdint>
 
 #include "core/memory.h"
+#include "cpu/amx_permission.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace pyengine::cpu {
@@ -121,32 +118,22 @@ bool cpuid_bit(unsigned subleaf, int reg, int bit) {  // leaf 7; reg: 0 eax, 3 e
   return __get_cpuid_count(7, subleaf, &r[0], &r[1], &r[2], &r[3]) != 0 && ((r[reg] >> bit) & 1);
 }
 
-// Linux gives a process the tile registers when it asks for them.
-bool tiles_allowed() {
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h, XFEATURE_XTILE_DATA
-  return cpuid_bit(0, 3, 24) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 std::vector<Probe> probes() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f");
-  const bool tiles = tiles_allowed();
+  const bool tiles = amx_permitted();
   return {
       {"float32 baseline", true, 12 * 4, sse},
       {"float32 avx2", avx2, 12 * 8 * 2, fma_avx2},
       {"float32 avx512", avx512, 12 * 16 * 2, fma_avx512},
       {"bfloat16 avx512_bf16", avx512 && cpuid_bit(1, 0, 5), 12 * 32 * 2, dot_bf16},
-      {"bfloat16 amx", tiles && cpuid_bit(0, 3, 22), 4 * 16 * 16 * 32 * 2, amx_bf16},
+      {"bfloat16 amx", tiles, 4 * 16 * 16 * 32 * 2, amx_bf16},
       {"int8 avx2", avx2, 12 * 32 * 2, madd_avx2},
       {"int8 avx_vnni", avx2 && cpuid_bit(1, 0, 4), 12 * 32 * 2, avx_vnni},
       {"int8 avx512_vnni", avx512 && __builtin_cpu_supports("avx512vnni"), 12 * 64 * 2,
        avx512_vnni},
-      {"int8 amx", tiles && cpuid_bit(0, 3, 25), 4 * 16 * 16 * 64 * 2, amx_int8},
+      {"int8 amx", tiles, 4 * 16 * 16 * 64 * 2, amx_int8},
   };
 }
 

@@ -28,9 +28,10 @@ size_t PackedWeights::bytes_of(const ops::Weight& w) const {
   return static_cast<size_t>(ops::packed_words(dtype_, w.in_features, w.out_features)) * 4;
 }
 
-void PackedWeights::pack(ExecContext& ctx, ops::Weight& w) {
+// Leaves the matrix as it was, and waiting, if it throws.
+void PackedWeights::pack_next(ExecContext& ctx) {
+  ops::Weight& w = *pending_.front();
   std::byte* const out = buffer_.bytes() + used_;
-  used_ += bytes_of(w);
   // The head is a third of the smallest GPT-2: what is both here and there at once stays small.
   constexpr int64_t kPieceBytes = int64_t{32} << 20;
   const auto row_bytes = static_cast<int64_t>(size_of(w.dtype)) * w.in_features;
@@ -45,9 +46,11 @@ void PackedWeights::pack(ExecContext& ctx, ops::Weight& w) {
     ops::pack(ctx, part, dtype_, out + ops::packed_words(dtype_, w.in_features, n) * 4);
     give_back(part.data, static_cast<size_t>(part.out_features * row_bytes));
   }
+  used_ += bytes_of(w);
   w.data = out;
   w.dtype = dtype_;
   w.layout = ops::WeightLayout::packed;
+  pending_.erase(pending_.begin());
 }
 
 void PackedWeights::reserve() {
@@ -59,11 +62,11 @@ void PackedWeights::reserve() {
 
 void PackedWeights::convert(ExecContext& ctx) {
   const auto others = std::stable_partition(
-      pending_.begin(), pending_.end(), [&](const ops::Weight* w) { return w->dtype == dtype_; });
-  if (others == pending_.end()) return;
+      pending_.begin(), pending_.end(), [&](const ops::Weight* w) { return w->dtype != dtype_; });
+  if (others == pending_.begin()) return;
+  const auto num_left = static_cast<size_t>(pending_.end() - others);
   reserve();
-  for (auto w = others; w != pending_.end(); ++w) pack(ctx, **w);
-  pending_.erase(others, pending_.end());
+  while (pending_.size() > num_left) pack_next(ctx);
 }
 
 void PackedWeights::advance(ExecContext& ctx, size_t bytes) {
@@ -75,9 +78,7 @@ void PackedWeights::advance(ExecContext& ctx, size_t bytes) {
     return;
   }
   const size_t goal = used_ + bytes;
-  size_t next = 0;
-  for (; next < pending_.size() && used_ < goal; ++next) pack(ctx, *pending_[next]);
-  pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(next));
+  while (!pending_.empty() && used_ < goal) pack_next(ctx);
 }
 
 }  // namespace pyengine

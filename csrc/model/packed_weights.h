@@ -37,7 +37,7 @@ class PackedWeights {
  private:
   void reserve();
   size_t bytes_of(const ops::Weight& w) const;
-  void pack(ExecContext& ctx, ops::Weight& w);
+  void pack_next(ExecContext& ctx);
 
   DType dtype_;
   std::vector<ops::Weight*> pending_;
