@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from dataclasses import dataclass
@@ -134,8 +135,10 @@ def _drafter(
     from pyengine import _C
 
     if wanted.method != "draft_model":
-        shared = _C.SharedFollowers(wanted.max_cached_tokens) if wanted.method == "suffix" else None
-        return NgramDrafting(_C.NgramDrafter, wanted.min_context, wanted.max_context, shared)
+        make_shared = None
+        if wanted.method == "suffix":
+            make_shared = functools.partial(_C.SharedFollowers, wanted.max_cached_tokens)
+        return NgramDrafting(_C.NgramDrafter, wanted.min_context, wanted.max_context, make_shared)
     from pyengine.engine.draft_model import DraftModel
 
     checkpoint = load_checkpoint(wanted.model)

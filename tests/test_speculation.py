@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from pyengine import LLM, ConfigError, RequestOutput, SamplingParams, StructuredOutputsParams
+from pyengine.bench import replay
+from pyengine.engine.draft_model import DraftModel
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 5},
@@ -124,6 +127,23 @@ def test_a_quantised_draft_model(plain: LLM) -> None:
         assert llm.stats().acceptance_rate > 0.3
     with pytest.raises(ConfigError, match="int2"):
         LLM(speculative_config={**config, "quantization": "int2"})
+
+
+def test_replayed_texts_are_what_comes(drafting: LLM) -> None:
+    """A random text is guessed by nobody, so drafters do not see what follows; a repeated one is."""
+    stream, vocabulary = random.Random(1), drafting.config.vocab_size
+    rarely = [stream.randrange(vocabulary) for _ in range(120)]
+    often = rarely[:12] * 10
+    speculator = drafting._engine.speculator
+    assert speculator is not None
+    shares = []
+    for text in (rarely, often):
+        speculator.drafter.forget()
+        metrics, steps = replay.run(drafting, replay.Replay(text[:20], text[20:]))  # checks what has come
+        assert metrics.new_tokens == 100 and steps == 99 - metrics.accepted_tokens
+        shares.append(metrics.accepted_tokens / 99)
+    assert shares[0] < 0.05
+    assert shares[1] > 0.6 or isinstance(speculator.drafter, DraftModel)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,28 @@ def show(rows: list[dict[str, Any]], title: str) -> None:
             console.print(_profile(row))
 
 
+def show_replay(row: dict[str, Any], title: str) -> None:
+    """What ``bench --replay --json`` prints."""
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    threads = f"{row['threads']} thread" + ("s" if row["threads"] > 1 else "")
+    console.print(f"{title}: weights {row['dtype']}, keys and values {row['kv_dtype']}, {threads}")
+    console.print(
+        f"{row['file']}: {row['prompt_tokens']} prompt tokens, {row['new_tokens']} new ones", soft_wrap=True
+    )
+    table = _table()
+    table.add_column("speculation")
+    for name in ("tokens/s", "min", "max"):
+        table.add_column(name, justify="right")
+    rates = ("tok_per_s_median", "min", "max")
+    for name, keys in (("none", [f"plain_{key}" for key in rates]), (row["method"], rates)):
+        table.add_row(name, *(f"{row[key]:,.1f}" for key in keys))
+    table.add_row("ratio", *(f"{row[f'ratio_{key}']:.2f}" for key in ("median", "min", "max")))
+    console.print(table)
+    share = "" if row["acceptance_rate"] is None else f", {row['acceptance_rate']:.1%} of them right"
+    drafts, tokens = row["mean_draft_length"], row["tokens_per_step"]
+    console.print(f"{drafts:.2f} drafts a step{share}; {tokens:.2f} tokens a step")
+
+
 def _table(title: str | None = None) -> Table:
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)

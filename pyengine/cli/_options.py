@@ -141,6 +141,12 @@ _SPECULATION = (
     ),
 )
 
+SPECULATION_FIELDS = (
+    "speculative_config",
+    "speculative_method",
+    "speculative_model",
+    "num_speculative_tokens",
+)
 _ENGINE = (model, device, dtype, quantization, kv_cache_dtype, kv_cache_memory, max_model_len, threads)
 
 
@@ -179,6 +185,13 @@ def _speculative_config(config: str | None, **fields: Any) -> dict[str, Any] | N
     if values and "method" not in values and "model" not in values:
         raise click.UsageError("Speculation needs --speculative-method or --speculative-model.")
     return values or None
+
+
+def speculative_method(options: dict[str, Any]) -> str:
+    """Which method the options of ``speculation`` choose, where they choose one."""
+    config, method, model, number = (options[name] for name in SPECULATION_FIELDS)
+    values = _speculative_config(config, method=method, model=model, num_speculative_tokens=number) or {}
+    return str(values.get("method", "draft_model"))
 
 
 def open_llm(

@@ -21,6 +21,7 @@ Examples:
   pyengine-cli bench --model ./gpt2 --prompt-tokens 16,960 --new-tokens 32
   pyengine-cli bench --model ./gpt2 --prompt-tokens 64 --new-tokens 64 --batch 1,4,16,64
   pyengine-cli bench --model ./gpt2 --workload decode --profile
+  pyengine-cli bench --model ./gpt2 --replay program.py --speculative-method suffix
 
 \b
 Workloads, all greedy with fixed token ids and without the prefix cache:
@@ -31,6 +32,12 @@ Workloads, all greedy with fixed token ids and without the prefix cache:
 An own workload of one sequence is timed as decode, of one new token as prefill, any other as batch.
 GB/s and GFLOP/s are what the workload cannot avoid (each weight, key and value read once a step; a
 multiply-add is two operations), divided by its time; their limits are measured in the same run.
+
+\b
+--replay FILE measures speculation on a text (UTF-8; -: standard input). Its first --prompt-tokens [16] are
+the prompt; the next --new-tokens [as many as there are and fit] come whatever the model says, and a draft is
+right if it is what comes. The model does all its work, and the drafters see no more than what has come.
+With and without speculation take turns; tokens per second are those after the first new token.
 """
 
 
@@ -74,7 +81,14 @@ def _names(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -
 @click.option("--batch", metavar="N,...", callback=_counts, help="... sequences at once.  [default: 1]")
 @click.option("--repeats", "-r", type=click.IntRange(min=1), default=5, help="Timed runs of each workload.")
 @click.option("--profile", is_flag=True, help="Also: where the time of one more run goes, by part of a step.")
+@click.option(
+    "--replay",
+    "replay_file",
+    metavar="FILE",
+    help="Instead: speed with and without speculation (ngram, or --speculative-...) on this text.",
+)
 @_options.engine
+@_options.speculation
 @_options.json_lines
 def command(
     names: list[str] | None,
@@ -83,6 +97,7 @@ def command(
     batch: list[int] | None,
     repeats: int,
     profile: bool,
+    replay_file: str | None,
     as_json: bool,
     **engine: Any,
 ) -> None:
@@ -91,6 +106,19 @@ def command(
     Several numbers in --prompt-tokens, --new-tokens or --batch make a workload of each combination. The
     workloads take turns, so that all of them meet the same machine.
     """
+    speculation = {name: engine.pop(name) for name in _options.SPECULATION_FIELDS}
+    if replay_file is not None:
+        if names is not None or batch is not None or profile:
+            raise click.UsageError("--replay runs alone: without --workload, --batch and --profile.")
+        if max(len(prompt_tokens or [0]), len(new_tokens or [0])) > 1:
+            raise click.UsageError("--replay takes one --prompt-tokens and one --new-tokens.")
+        if not any(speculation.values()):
+            speculation["speculative_method"] = "ngram"
+        size = tuple(None if given is None else given[0] for given in (prompt_tokens, new_tokens))
+        _replay(replay_file, size, repeats, as_json, engine | speculation)
+        return
+    if any(value is not None for value in speculation.values()):
+        raise click.UsageError("Speculation is measured on a text: --speculative-... needs --replay FILE.")
     if (prompt_tokens is None) != (new_tokens is None):
         raise click.UsageError("An own workload needs both --prompt-tokens and --new-tokens.")
     if profile and engine["device"] != "cpu":
@@ -132,6 +160,31 @@ def command(
 
         where = context_of(llm).isa if llm.device == "cpu" else llm.device
         _bench_tables.show(rows, f"{llm.path.name}, {where}")
+
+
+def _replay(
+    file: str, size: tuple[int | None, ...], repeats: int, as_json: bool, engine: dict[str, Any]
+) -> None:
+    text = _text.read_text(file)  # before the model: a wrong name is told at once
+    from pyengine.bench import replay
+
+    _text.prepare_output()
+    start = time.perf_counter()
+    llm = _options.open_llm(enable_prefix_caching=False, max_num_seqs=1, **engine)
+    load_s = time.perf_counter() - start
+    source = "standard input" if file == _text.STANDARD_INPUT else file
+    prompt_tokens, new_tokens = size
+    found = replay.of_text(llm, text, prompt_tokens, new_tokens, source)
+    progress = _show_progress if sys.stderr.isatty() else lambda _: None
+    replay.measure(llm, found, repeats, progress)
+    progress("")
+    row = replay.as_row(found, llm, _options.speculative_method(engine), source, load_s)
+    if as_json:
+        _text.print_json(row)
+    else:
+        from pyengine.cli import _bench_tables
+
+        _bench_tables.show_replay(row, llm.path.name)
 
 
 def _workloads(names: list[str], sizes: list[tuple[int, int, int]], vocab_size: int) -> list[Workload]:

@@ -92,6 +92,9 @@ class DraftModel:
                 self._seconds += (time.perf_counter() - begin - self._seconds) / min(self._rounds, 16)
         return guesses
 
+    def forget(self) -> None:
+        """It looks at nothing but the text that it drafts for."""
+
     def learn(self, sample: Sample, drafted: int, accepted: int) -> None:
         trials = min(accepted + 1, drafted)
         self._rate(sample).count(accepted, trials)

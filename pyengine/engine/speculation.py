@@ -11,6 +11,7 @@ How many drafts run is decided from how likely each is to be right, and from wha
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from pyengine.engine.generation import Sample
@@ -30,21 +31,28 @@ class Drafter(Protocol):
     def learn(self, sample: Sample, drafted: int, accepted: int) -> None:
         """So many of a sample's drafts were right."""
 
+    def forget(self) -> None:
+        """Texts that have ended count no more."""
+
 
 class NgramDrafting:
-    """Guesses what followed the same tokens before: in the same text, and with ``shared`` in all others."""
+    """Guesses what followed the same tokens before: in the same text, and, if shared, in all others."""
 
-    def __init__(self, make: Any, min_context: int, max_context: int, shared: Any = None) -> None:
-        """``make``: _C.NgramDrafter; ``shared``: a _C.SharedFollowers."""
+    def __init__(
+        self, make: Any, min_context: int, max_context: int, make_shared: Callable[[], Any] | None = None
+    ) -> None:
+        """``make``: _C.NgramDrafter; ``make_shared``: makes a _C.SharedFollowers."""
         self._make = make
-        self._arguments = (min_context, max_context, shared)
+        self._make_shared = make_shared
+        self._contexts = (min_context, max_context)
+        self.forget()
 
     def guess(self, samples: list[tuple[Sample, int]], costs: StepCosts) -> list[list[Guess]]:
         least = costs.least_probability(len(samples))
         found = []
         for sample, most in samples:
             if sample.drafter is None:
-                sample.drafter = self._make(*self._arguments)
+                sample.drafter = self._make(*self._contexts, self._shared)
             drafter = sample.drafter
             drafter.extend(sample.token_ids[drafter.num_tokens :])
             found.append(drafter.draft(most, least))
@@ -52,6 +60,9 @@ class NgramDrafting:
 
     def learn(self, sample: Sample, drafted: int, accepted: int) -> None:
         """It learns from the text itself, what was not drafted included."""
+
+    def forget(self) -> None:
+        self._shared = None if self._make_shared is None else self._make_shared()
 
 
 class StepCosts:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pyengine import LLM
-from pyengine.bench import measure, workloads
+from pyengine.bench import measure, replay, workloads
 from pyengine.bench.limits import Limits
 from pyengine.bench.limits import measure as measure_limits
 from pyengine.bench.profile import PartTotals, context_of, profiled
@@ -127,6 +127,10 @@ def test_table(run: Run, checkpoint: Callable[[str], Path]) -> None:
         (["--batch", "4"], "--batch belongs to an own workload"),
         (["--prompt-tokens", "16,x", "--new-tokens", "1"], "whole numbers of at least 1"),
         (["--prompt-tokens", "16", "--new-tokens", "0"], "whole numbers of at least 1"),
+        (["--replay", "a", "--batch", "4"], "--replay runs alone"),
+        (["--replay", "a", "--workload", "decode"], "--replay runs alone"),
+        (["--replay", "a", "--prompt-tokens", "8,16"], "--replay takes one --prompt-tokens"),
+        (["--speculative-method", "ngram"], "needs --replay FILE"),
         (["--repeats", "0"], "0 is not in the range"),
     ],
 )
@@ -144,6 +148,87 @@ def test_requests_longer_than_the_context_are_refused(run: Run, checkpoint: Call
         "pyengine: workload prefill has a request of 513 tokens, prompt and new ones together, but the "
         "context is 160: choose another --workload, or --prompt-tokens and --new-tokens\n"
     )
+
+
+REPLAY_KEYS = [*PEER_KEYS, "device", "file", "method", "prompt_tokens", "new_tokens", "kv_dtype"]
+REPLAY_KEYS += ["plain_tok_per_s_median", "plain_min", "plain_max", "ratio_median", "ratio_min", "ratio_max"]
+REPLAY_KEYS += ["acceptance_rate", "mean_draft_length", "tokens_per_step"]
+REPEATED = "".join(f"{number % 3}: a line that comes again and again\n" for number in range(60))
+
+
+@pytest.fixture
+def repeated(tmp_path: Path) -> str:
+    path = tmp_path / "repeated.txt"
+    path.write_text(REPEATED)
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_json_of_a_replay(run: Run, repeated: str, method: str) -> None:
+    (row,) = rows_of(
+        run,
+        *("--replay", repeated, "--speculative-method", method, "--repeats", "2"),
+        *("--prompt-tokens", "40", "--new-tokens", "100"),
+    )
+    assert list(row) == REPLAY_KEYS
+    assert (row["workload"], row["method"], row["file"]) == ("replay", method, repeated)
+    assert (row["prompt_tokens"], row["new_tokens"], row["threads"]) == (40, 100, 1)
+    for name in ("", "plain_"):
+        assert 0 < row[f"{name}min"] <= row[f"{name}tok_per_s_median"] <= row[f"{name}max"]
+    assert 0 < row["ratio_min"] <= row["ratio_median"] <= row["ratio_max"]
+    assert row["tokens_per_step"] == pytest.approx(
+        1 + row["acceptance_rate"] * row["mean_draft_length"], abs=0.01
+    )
+    assert row["acceptance_rate"] > 0.5 and row["tokens_per_step"] > 1.5
+
+
+def test_table_of_a_replay(run: Run, repeated: str) -> None:
+    result = run("bench", "--replay", "-", "--repeats", "1", "--threads", "1", input=REPEATED)
+    assert result.exit_code == 0, result.output
+    assert "standard input: 16 prompt tokens, 496 new ones" in result.stdout  # as many as the context holds
+    for word in ("none", "ngram", "ratio", "of them right", "tokens a step"):
+        assert word in result.stdout
+
+
+def test_a_replay_forgets_between_its_runs() -> None:
+    """What has no repetition in it must not be known from the run before."""
+    with LLM(num_threads=1, speculative_config={"method": "suffix"}, enable_prefix_caching=False) as llm:
+        assert llm.tokenizer is not None
+        ids = list(range(1000, 1100))
+        found = replay.Replay(ids[:10], ids[10:])
+        speculator = llm._engine.speculator
+        replay.measure(llm, found, 2)
+        assert found.accepted_tokens == 0 and found.steps == 2 * 89
+        assert len(found.plain) == len(found.drafting) == len(found.ratios) == 2
+        assert llm._engine.speculator is speculator
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "message"),
+    [
+        (None, [], "No such file or directory"),
+        (b"\xff\xfe", [], "not UTF-8 text: byte 0xff at offset 0"),
+        (b"", [], "too short: it has 0 tokens, and 16 prompt tokens and 2 new ones are needed"),
+        (b"A short text.", ["--new-tokens", "90"], "and 16 prompt tokens and 90 new ones are needed"),
+        (b"text " * 99, ["--new-tokens", "1"], "--new-tokens 1: --replay times what comes after"),
+        (b"text " * 99, ["--prompt-tokens", "500", "--new-tokens", "13"], "more than the context of 512"),
+    ],
+)
+def test_texts_that_cannot_be_replayed(
+    run: Run, tmp_path: Path, data: bytes | None, arguments: list[str], message: str
+) -> None:
+    path = tmp_path / "text.txt"
+    if data is not None:
+        path.write_bytes(data)
+    result = run("bench", "--replay", str(path), "--threads", "1", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_replay_needs_a_tokenizer(run: Run, checkpoint: Callable[[str], Path], repeated: str) -> None:
+    result = run("bench", "--model", str(checkpoint("gelu")), "--replay", repeated, "--threads", "1")
+    assert result.exit_code == 1
+    assert "--replay needs a tokenizer" in result.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -163,7 +163,7 @@ def drafters(directory: Path, max_num_seqs: int, threads: int) -> dict[str, Call
 
     return {
         "ngram": lambda: NgramDrafting(_C.NgramDrafter, 1, 8),
-        "suffix": lambda: NgramDrafting(_C.NgramDrafter, 1, 24, _C.SharedFollowers(300)),
+        "suffix": lambda: NgramDrafting(_C.NgramDrafter, 1, 24, lambda: _C.SharedFollowers(300)),
         "model": smaller,
     }
 
