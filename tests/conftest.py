@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests.checkpoints import CONFIGS, make_checkpoint
 # For torch, which is imported later. OpenMP threads spin at every barrier: two test processes of two
 # threads each, on two cores, take a hundred times as long as with one thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that starts pytest with "&" makes it ignore Ctrl-C, and so would the programs that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -125,14 +125,17 @@ BYTES = st.lists(
 def test_bytes_become_what_python_makes_of_them(pieces: list[bytes]) -> None:
     decoder = ByteDecoder(ByteTable(pieces.__getitem__))
     python = codecs.getincrementaldecoder("utf-8")("replace")
+    whole = b"".join(pieces).decode("utf-8", "replace")
+    shown = told = ""
     for number, piece in enumerate(pieces):
-        twin = decoder.copy()
-        assert decoder.push([number]) == python.decode(piece)
+        twin, before = decoder.copy(), shown
+        shown += decoder.push([number])
+        told += python.decode(piece)
+        # Python holds back ED A0, half a surrogate, although it cannot become a character any more.
+        assert shown.startswith(told) and set(shown[len(told) :]) <= {"\ufffd"}
     if pieces:  # the copy goes on by itself
-        whole, before = codecs.getincrementaldecoder("utf-8")("replace"), b"".join(pieces[:-1])
-        whole.decode(before)
-        assert twin.push(iter([len(pieces) - 1])) + twin.finish() == whole.decode(pieces[-1], final=True)
-    assert decoder.finish() == python.decode(b"", final=True)
+        assert before + twin.push(iter([len(pieces) - 1])) + twin.finish() == whole
+    assert shown + decoder.finish() == whole
 
 
 @settings(max_examples=500, deadline=None)
