@@ -205,7 +205,9 @@ def main() -> None:
         row |= {"callers_us": round(callers_us, 1), "bound_us": 100 + 5 * sequences}
         row["model_us"] = round(statistics.median(steps), 1)
         rows.append(row)
-    constant, slope = fit([(row["sequences"], row["median_us"]) for row in rows])
+    line = None  # constant and slope, microseconds
+    if len(set(counts)) > 1:
+        line = fit([(row["sequences"], row["median_us"]) for row in rows])
     prompt = args.prompt_tokens or llm.max_model_len * 9 // 10
     cached = args.cached_tokens if args.cached_tokens is not None else prompt - 20
     prefix = prefix_rows(llm, prompt, cached, args.repeats)
@@ -213,7 +215,9 @@ def main() -> None:
     if args.json:
         for row in rows:
             print(json.dumps({"measure": "python_per_step", **row}))
-        print(json.dumps({"measure": "fit", "constant_us": round(constant, 1), "slope_us": round(slope, 2)}))
+        if line is not None:
+            constant, slope = round(line[0], 1), round(line[1], 2)
+            print(json.dumps({"measure": "fit", "constant_us": constant, "slope_us": slope}))
         print(json.dumps({"measure": "ttft", **prefix}))
         return
     print(f"Python per step, microseconds; callers: {args.callers}")
@@ -225,9 +229,10 @@ def main() -> None:
         names = ("median_us", "mean_us", "min_us", "max_us", "callers_us")
         cells = [f"{row[name]:>9.1f}" for name in names]
         print(f"{row['sequences']:>10}{''.join(cells)}{row['steps']:>7}{row['model_us']:>17.1f}")
-    print(f"fitted to the medians: {constant:.1f} + {slope:.2f} x sequences\n")
+    if line is not None:
+        print(f"fitted to the medians: {line[0]:.1f} + {line[1]:.2f} x sequences")
     print(
-        f"time to the first token of {prompt} tokens: cold {prefix['cold_ms']['median']:.1f} ms, with "
+        f"\ntime to the first token of {prompt} tokens: cold {prefix['cold_ms']['median']:.1f} ms, with "
         f"{prefix['cached_tokens']} of them cached {prefix['cached_ms']['median']:.1f} ms; ratio "
         f"{prefix['ratio']['median']:.3f} ({prefix['ratio']['min']:.3f}-{prefix['ratio']['max']:.3f})"
     )

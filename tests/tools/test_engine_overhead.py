@@ -53,3 +53,13 @@ def test_streams_that_never_run_together() -> None:
     )
     assert result.returncode == 1
     assert result.stderr == "engine_overhead: the 2 streams never ran together: raise --new-tokens\n"
+
+
+def test_one_number_of_sequences_gives_no_line() -> None:
+    arguments = ["--sequences", "2", "--threads", "1", "--new-tokens", "20", "--prompt-tokens", "40"]
+    arguments += ["--cached-tokens", "32", "--repeats", "1"]
+    result = subprocess.run(
+        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "fitted" not in result.stdout and "time to the first token of 40 tokens" in result.stdout
