@@ -2,10 +2,15 @@
 #include <cmath>
 #include <limits>
 #include <random>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/errors.h"
 #include "cpu/dispatch.h"
+#include "ops/ops.h"
 #include "sampling/philox.h"
+#include "sampling/row.h"
 #include "sampling/sampler.h"
 #include "tests/check.h"
 
@@ -81,6 +86,59 @@ TEST(exponential_is_accurate) {
   CHECK_EQ(sampling::exp_nonpositive(0), 1.0f);
   CHECK_EQ(sampling::exp_nonpositive(-200), 0.0f);
   CHECK_EQ(sampling::exp_nonpositive(-std::numeric_limits<float>::infinity()), 0.0f);
+}
+
+TEST(passes_over_a_row_give_the_same_bits_on_every_instruction_set) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  struct Passes {
+    std::vector<float> maxima, weights, sums, kept, kept_sums;
+    std::vector<double> above;
+    std::vector<int32_t> between;
+    bool numbers, with_nan;
+  };
+  for (int n : {1, 5, 16, 63, 64, 65, 100, 2047, 2050, 5003}) {
+    for (float scale : {0.7f, 1.0f, 9.0f}) {
+      std::vector<float> x = random_logits(static_cast<uint32_t>(n), n, 3.0f);
+      for (int i = 1; i < n; i += 7) x[i] = -kInf;
+      const float highest = *std::max_element(x.begin(), x.end());
+      std::vector<Passes> all;
+      for (const std::string& isa : cpu::available_isas()) {
+        ThreadPool pool(1);
+        Arena arena;
+        const ExecContext ctx{pool, arena, cpu::kernels_for(isa.c_str())};
+        const size_t blocks = (n + ops::kLogitBlock - 1) / ops::kLogitBlock;
+        Passes p;
+        p.maxima.resize(blocks);
+        p.sums.resize(blocks);
+        p.kept_sums.resize(blocks);
+        p.weights.resize(n);
+        p.above.resize(ops::kSumThresholds);
+        p.numbers = ops::block_maxima(ctx, x.data(), n, p.maxima.data());
+        ops::exp_weights(ctx, x.data(), n, highest, scale, p.weights.data(), p.sums.data());
+        const float thresholds[ops::kSumThresholds] = {0,     1e-6f, 1e-4f, 1e-3f,
+                                                       1e-2f, 0.1f,  0.5f,  1.0f};
+        ops::sums_above(ctx, p.weights.data(), n, thresholds, p.above.data());
+        p.kept = p.weights;
+        ops::keep_above(ctx, p.kept.data(), n, 1e-3f, p.kept_sums.data());
+        p.between.resize(n);
+        p.between.resize(
+            ops::select_between(ctx, p.weights.data(), n, 1e-4f, 0.5f, p.between.data()));
+        std::vector<float> with_nan = x, maxima(blocks);
+        with_nan[n / 2] = std::numeric_limits<float>::quiet_NaN();
+        p.with_nan = ops::block_maxima(ctx, with_nan.data(), n, maxima.data());
+        all.push_back(std::move(p));
+      }
+      for (int i = 0; i < n; ++i) {
+        CHECK_EQ(all[0].weights[i], sampling::exp_nonpositive((x[i] - highest) * scale));
+      }
+      for (const Passes& p : all) {
+        CHECK(p.numbers && !p.with_nan);
+        CHECK(p.maxima == all[0].maxima && p.weights == all[0].weights && p.sums == all[0].sums);
+        CHECK(p.above == all[0].above && p.between == all[0].between);
+        CHECK(p.kept == all[0].kept && p.kept_sums == all[0].kept_sums);
+      }
+    }
+  }
 }
 
 TEST(choices_equal_the_plain_algorithm) {
