@@ -12,7 +12,7 @@ from pyengine import LLM, SamplingParams
 
 async def tell(llm: LLM, prompt: str, max_tokens: int) -> str:
     text = prompt
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.8, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.8, seed=1, ignore_eos=True)
     async with aclosing(llm.astream(prompt, params)) as deltas:  # leaving the block ends the request
         async for delta in deltas:
             text += delta.text
@@ -28,7 +28,7 @@ async def main() -> None:
         await asyncio.gather(*late, return_exceptions=True)
         for task in done:
             print(task.result())
-        print(f"{len(late)} were cancelled; {llm.stats().aborted} requests aborted")
+        print(f"\n{len(done)} came to its end first, {len(late)} were cancelled")
 
 
 asyncio.run(main())
