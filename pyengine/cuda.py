@@ -21,7 +21,7 @@ class Device:
     architectures: str  # compute capabilities that the library has code for, as "75;80"
 
 
-def library() -> Path | None:
+def find_library() -> Path | None:
     """The library of this installation, or the one that PYENGINE_CUDA_LIBRARY names; None: there is none."""
     named = os.environ.get(LIBRARY_VARIABLE)
     if named:
@@ -30,7 +30,7 @@ def library() -> Path | None:
 
 
 def require_library() -> Path:
-    found = library()
+    found = find_library()
     if found is None:
         raise ConfigError(
             'device="cuda": this installation of pyengine has no CUDA back end (no nvcc was found when it '

@@ -1,6 +1,4 @@
 // DeviceModel: a model on a GPU, through the library of the CUDA back end.
-#include <pybind11/numpy.h>
-
 #include <optional>
 
 #include "bindings/model_arguments.h"
@@ -54,16 +52,11 @@ class PyDeviceModel {
   }
 
   py::array_t<float> forward(const py::none&, const Batch& batch, const py::object& rows) {
-    const std::vector<int32_t> chosen = rows_of(batch, rows);
-    const auto num_rows = static_cast<int32_t>(chosen.size());
-    py::array_t<float> logits({py::ssize_t{num_rows}, py::ssize_t{model_->config().vocab_size}});
-    float* out = logits.mutable_data();
-    {
-      py::gil_scoped_release release;
-      std::lock_guard<std::mutex> lock(ctx_.mutex);
-      model_->forward(batch, chosen.data(), num_rows, out);
-    }
-    return logits;
+    return forward_rows(batch, rows, model_->config().vocab_size,
+                        [&](const int32_t* chosen, int32_t num_rows, float* logits) {
+                          std::lock_guard<std::mutex> lock(ctx_.mutex);
+                          model_->forward(batch, chosen, num_rows, logits);
+                        });
   }
 
  private:

@@ -1,6 +1,4 @@
 // Batch and Model.
-#include <pybind11/numpy.h>
-
 #include <optional>
 
 #include "bindings/model_arguments.h"
@@ -41,17 +39,13 @@ class PyModel {
   }
 
   py::array_t<float> forward(PyKVCache& kv, const Batch& batch, const py::object& rows) {
-    const std::vector<int32_t> chosen = rows_of(batch, rows);
-    const auto num_rows = static_cast<int32_t>(chosen.size());
-    py::array_t<float> logits({py::ssize_t{num_rows}, py::ssize_t{model_->config().vocab_size}});
-    float* out = logits.mutable_data();
-    {
-      py::gil_scoped_release release;
-      std::scoped_lock lock(ctx_.mutex, kv.mutex);
-      weights_.read(
-          [&] { model_->forward(ctx_.context, kv.cache, batch, chosen.data(), num_rows, out); });
-    }
-    return logits;
+    return forward_rows(
+        batch, rows, model_->config().vocab_size,
+        [&](const int32_t* chosen, int32_t num_rows, float* logits) {
+          std::scoped_lock lock(ctx_.mutex, kv.mutex);
+          weights_.read(
+              [&] { model_->forward(ctx_.context, kv.cache, batch, chosen, num_rows, logits); });
+        });
   }
 
  private:

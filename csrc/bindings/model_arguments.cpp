@@ -80,11 +80,19 @@ StepArguments::StepArguments(const Batch& batch, py::handle request_slot, py::ha
   scored_ = {rows_->begin(), targets_->begin(), static_cast<int32_t>(rows_->size()), top_n};
 }
 
-std::vector<int32_t> rows_of(const Batch& batch, const py::object& rows) {
-  if (!rows.is_none()) return Int32View(rows, "rows").copy();
-  std::vector<int32_t> all(batch.num_tokens());
-  std::iota(all.begin(), all.end(), 0);
-  return all;
+py::array_t<float> forward_rows(const Batch& batch, const py::object& rows, int32_t vocab_size,
+                                const std::function<void(const int32_t*, int32_t, float*)>& run) {
+  std::vector<int32_t> chosen(batch.num_tokens());
+  std::iota(chosen.begin(), chosen.end(), 0);
+  if (!rows.is_none()) chosen = Int32View(rows, "rows").copy();
+  const auto num_rows = static_cast<int32_t>(chosen.size());
+  py::array_t<float> logits({py::ssize_t{num_rows}, py::ssize_t{vocab_size}});
+  float* const out = logits.mutable_data();
+  {
+    py::gil_scoped_release release;
+    run(chosen.data(), num_rows, out);
+  }
+  return logits;
 }
 
 }  // namespace pyengine::bindings

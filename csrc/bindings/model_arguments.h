@@ -1,6 +1,10 @@
 // Arguments of the models' constructors and steps, shared by the CPU's and those of devices.
 #pragma once
 
+#include <pybind11/numpy.h>
+
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -69,7 +73,8 @@ class StepArguments {
   ScoredRows scored_;
 };
 
-// Rows of `forward`: those asked for, or all.
-std::vector<int32_t> rows_of(const Batch& batch, const py::object& rows);
+// `forward` of those rows, or of all: run(rows, how many, logits), without the GIL.
+py::array_t<float> forward_rows(const Batch& batch, const py::object& rows, int32_t vocab_size,
+                                const std::function<void(const int32_t*, int32_t, float*)>& run);
 
 }  // namespace pyengine::bindings

@@ -117,27 +117,33 @@ def weights_of(llm: Any) -> str:
     return str(llm.quantization or SHORT_NAMES[llm.dtype])
 
 
+def row_of(llm: Any, workload: str, rates: Sequence[float], load_s: float) -> dict[str, Any]:
+    """What the rows of all workloads begin with."""
+    return {
+        "engine": "pyengine",
+        "dtype": weights_of(llm),
+        "workload": workload,
+        "threads": llm.num_threads,
+        "tok_per_s_median": round(statistics.median(rates), 1),
+        "min": round(min(rates), 1),
+        "max": round(max(rates), 1),
+        "load_s": round(load_s, 2),
+        "device": llm.device,
+        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
+    }
+
+
 def as_row(result: Result, llm: Any, load_s: float, limits: Limits | None) -> dict[str, Any]:
     """What ``bench --json`` prints for a workload; ``docs/benchmarks.md`` lists the keys. Without ``limits``
     there is nothing of bytes and operations."""
     dtype = weights_of(llm)
     seconds = statistics.median(result.seconds)
     workload = result.workload
-    row = {
-        "engine": "pyengine",
-        "dtype": dtype,
-        "workload": workload.name,
-        "threads": llm.num_threads,
-        "tok_per_s_median": round(statistics.median(result.rates), 1),
-        "min": round(min(result.rates), 1),
-        "max": round(max(result.rates), 1),
-        "load_s": round(load_s, 2),
-        "device": llm.device,
+    row = row_of(llm, workload.name, result.rates, load_s) | {
         "rate": workload.rate,
         "sequences": len(workload.prompts),
         "prompt_tokens": workload.num_prompt_tokens,
         "new_tokens": sum(workload.new_tokens),
-        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "cached_tokens": result.cached_tokens,
     }
     if limits is None:

@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyengine.bench.measure import SHORT_NAMES, weights_of
+from pyengine.bench.measure import row_of
 from pyengine.errors import InternalError, RequestError
 
 PROMPT_TOKENS = 16  # where nothing else is asked for
@@ -118,21 +118,11 @@ def run(llm: Any, replay: Replay) -> tuple[Any, int]:
 def as_row(replay: Replay, llm: Any, method: str, source: str, load_s: float) -> dict[str, Any]:
     """What ``bench --replay --json`` prints; ``docs/benchmarks.md`` lists the keys."""
     drafted, steps, ratios = replay.draft_tokens, replay.steps, replay.ratios
-    return {
-        "engine": "pyengine",
-        "dtype": weights_of(llm),
-        "workload": "replay",
-        "threads": llm.num_threads,
-        "tok_per_s_median": round(statistics.median(replay.drafting), 1),
-        "min": round(min(replay.drafting), 1),
-        "max": round(max(replay.drafting), 1),
-        "load_s": round(load_s, 2),
-        "device": llm.device,
+    return row_of(llm, "replay", replay.drafting, load_s) | {
         "file": source,
         "method": method,
         "prompt_tokens": len(replay.prompt),
         "new_tokens": len(replay.text),
-        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "plain_tok_per_s_median": round(statistics.median(replay.plain), 1),
         "plain_min": round(min(replay.plain), 1),
         "plain_max": round(max(replay.plain), 1),

@@ -142,7 +142,7 @@ def _cuda() -> dict[str, Any]:
     from pyengine import cuda
     from pyengine.errors import ConfigError
 
-    library = cuda.library()
+    library = cuda.find_library()
     if library is None:
         return {"available": False, "reason": "not in this build", "how": "docs/cuda.md, Install"}
     try:

@@ -27,7 +27,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_library")
 def test_a_build_without_cuda_says_how_to_get_it() -> None:
-    assert cuda.library() is None
+    assert cuda.find_library() is None
     with pytest.raises(ConfigError, match="PYENGINE_CUDA=on"):
         LLM(device="cuda")
     assert back_end("auto").device == "cpu"
