@@ -129,7 +129,6 @@ def row_of(llm: Any, workload: str, rates: Sequence[float], load_s: float) -> di
         "max": round(max(rates), 1),
         "load_s": round(load_s, 2),
         "device": llm.device,
-        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
     }
 
 
@@ -144,6 +143,7 @@ def as_row(result: Result, llm: Any, load_s: float, limits: Limits | None) -> di
         "sequences": len(workload.prompts),
         "prompt_tokens": workload.num_prompt_tokens,
         "new_tokens": sum(workload.new_tokens),
+        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "cached_tokens": result.cached_tokens,
     }
     if limits is None:

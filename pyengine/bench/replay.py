@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyengine.bench.measure import row_of
+from pyengine.bench.measure import SHORT_NAMES, row_of
 from pyengine.errors import InternalError, RequestError
 
 PROMPT_TOKENS = 16  # where nothing else is asked for
@@ -123,6 +123,7 @@ def as_row(replay: Replay, llm: Any, method: str, source: str, load_s: float) ->
         "method": method,
         "prompt_tokens": len(replay.prompt),
         "new_tokens": len(replay.text),
+        "kv_dtype": SHORT_NAMES.get(llm.kv_cache_dtype, llm.kv_cache_dtype),
         "plain_tok_per_s_median": round(statistics.median(replay.plain), 1),
         "plain_min": round(min(replay.plain), 1),
         "plain_max": round(max(replay.plain), 1),
