@@ -34,17 +34,17 @@ LONG = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True, seed=0)
 
 
 def test_nothing_runs_before_the_first_request(checkpoint: Callable[[str], Path]) -> None:
-    def engine_threads() -> int:
-        return sum(thread.name == "pyengine-engine" for thread in threading.enumerate())
+    def engine_threads() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "pyengine-engine"}
 
-    before = engine_threads()
+    before = engine_threads()  # of engines that earlier tests dropped: they may end at any moment
     idle = LLM(checkpoint("gelu"))
-    assert engine_threads() == before
+    assert engine_threads() <= before
     idle.close()
     idle.close()
     with pytest.raises(ClosedError, match="closed: make a new one"):
         idle.generate([1], GREEDY)
-    assert engine_threads() == before
+    assert engine_threads() <= before
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError("can't start new thread")])
@@ -169,8 +169,12 @@ def test_a_dropped_llm_ends_its_thread_and_frees_its_memory(checkpoint: Callable
     gc.collect()
     thread.join(30)
     assert not thread.is_alive()
-    gc.collect()
-    assert engine() is None
+
+    def is_freed() -> bool:
+        gc.collect()  # does nothing while another thread collects
+        return engine() is None
+
+    wait_until(is_freed)
 
 
 def script(code: str, **popen: Any) -> subprocess.Popen[str]:
