@@ -113,17 +113,21 @@ void require_batch(const Batch& batch, const PyKVCache& kv, int64_t tokens, int6
   batch.require_blocks(kv.cache.num_blocks(), marks);
 }
 
-py::array embed(PyExecContext& ctx, const Batch& batch, const py::array& wte,
+// wte (V, C), or packed from that as out_in
+py::array embed(PyExecContext& ctx, const Batch& batch, const py::object& wte,
                 const py::array& wpe) {
-  Operand tokens(wte, "wte", 2), positions(wpe, "wpe", 2);
-  require(tokens.shape(1) == positions.shape(1), "wte and wpe must have one number of channels");
-  batch.require_tokens(static_cast<int32_t>(tokens.shape(0)),
+  const WeightOperand tokens(wte, "out_in");
+  const ops::Weight& table = tokens.weight;
+  const Operand positions(wpe, "wpe", 2);
+  require(table.in_features == positions.shape(1), "wte and wpe must have one number of channels");
+  require(table.layout != ops::WeightLayout::packed || table.dtype == positions.dtype,
+          "packed wte must be of the dtype of wpe");
+  batch.require_tokens(static_cast<int32_t>(table.out_features),
                        static_cast<int32_t>(positions.shape(0)));
-  py::array x = empty({batch.num_tokens(), tokens.shape(1)}, DType::f32);
+  py::array x = empty({batch.num_tokens(), positions.shape(1)}, DType::f32);
   auto* out = static_cast<float*>(x.mutable_data());
   compute(ctx, [&](ExecContext& c) {
-    ops::embed(c, batch.view(), tokens.data(), tokens.dtype, positions.data(), positions.dtype,
-               tokens.shape(1), out);
+    ops::embed(c, batch.view(), table, positions.data(), positions.dtype, out);
   });
   return x;
 }

@@ -1,4 +1,4 @@
-// embed, layer_norm and convert of ops.h.
+// layer_norm and convert of ops.h.
 #include <algorithm>
 
 #include "cpu/kernels.h"
@@ -19,26 +19,6 @@ void for_rows(ExecContext& ctx, int64_t n, int64_t chunk, F fn) {
 }
 
 }  // namespace
-
-void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, DType wte_dtype,
-           const void* wpe, DType dtype, int64_t channels, float* x) {
-  const int64_t row_bytes = channels * static_cast<int64_t>(size_of(dtype));
-  const int64_t wte_row_bytes = channels * static_cast<int64_t>(size_of(wte_dtype));
-  ArenaScope scope(ctx.arena);
-  const bool is_other = wte_dtype != dtype;
-  const int64_t row_floats = is_other ? (channels + 15) / 16 * 16 : 0;
-  float* converted = ctx.arena.take<float>(row_floats * ctx.pool.num_threads());
-  for_rows(ctx, batch.num_tokens, kItemRows, [&](int64_t t, int worker) {
-    const void* token = static_cast<const char*>(wte) + batch.token_ids[t] * wte_row_bytes;
-    if (is_other) {
-      float* row = converted + worker * row_floats;
-      ctx.kernels.convert(token, wte_dtype, row, dtype, channels);
-      token = row;
-    }
-    ctx.kernels.add_rows(token, static_cast<const char*>(wpe) + batch.positions[t] * row_bytes,
-                         dtype, channels, x + t * channels);
-  });
-}
 
 void layer_norm(ExecContext& ctx, const float* x, const int32_t* rows, int64_t num_rows,
                 int64_t channels, const float* gain, const float* bias, float eps, void* out,

@@ -151,11 +151,8 @@ const void* GPT2::hidden_states(ExecContext& ctx, ProfiledStep& step, KVCache& k
   }
   const Cost attention = step.on() ? attention_cost(view, kv.layout(), attn_out) : Cost{};
   step.enter(Part::embed, row_cost(tokens, channels, 2 * act, sizeof(float)));
-  if (wte_.dtype == DType::i8) {
-    ops::embed(ctx, view, wte_, static_cast<const float*>(wpe_), x);
-  } else {
-    ops::embed(ctx, view, wte_.data, wte_.dtype, wpe_, dtype_, channels, x);
-  }
+  // A tied head is packed in time, and the file not read any more.
+  ops::embed(ctx, view, is_tied_ ? head_ : wte_, wpe_, dtype_, x);
   for (int32_t i = 0; i < config_.n_layer; ++i) {
     const Layer& layer = layers_[i];
     float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;

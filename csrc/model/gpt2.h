@@ -66,15 +66,15 @@ class GPT2 {
   // `tensors`: canonical Hugging Face names without "transformer."; what the model does not use is
   // ignored. Matrices are read in place and must outlive the model; those that the first steps
   // cannot read as they are, whose dtype is not `dtype` (f32 or bf16), are packed at once, the
-  // others step by step (model/packed_weights.h). Vectors are copied where they must be. A matrix
-  // "x.weight" is quantised if there is an "x.scale": packed bytes, or nibbles with an "x.group"
+  // others step by step (model/packed_weights.h). Vectors are copied. A matrix "x.weight" is
+  // quantised if there is an "x.scale": packed bytes, or nibbles with an "x.group"
   // (ops/types.h); `dtype` must then be f32. Throws ConfigError, CheckpointError.
   GPT2(ExecContext& ctx, const GPT2Config& config, const std::map<std::string, TensorView>& tensors,
        DType dtype);
 
   const GPT2Config& config() const { return config_; }
   DType dtype() const { return dtype_; }
-  size_t owned_bytes() const;                        // of converted and packed weights
+  size_t owned_bytes() const;  // of vectors, and of converted and packed matrices
   bool is_packed() const { return packed_.done(); }  // no step packs weights any more
 
   GPT2(const GPT2&) = delete;  // packed_ points into the object
@@ -134,9 +134,10 @@ class GPT2 {
   size_t row_bytes(int64_t features) const;  // of a row that a dense layer reads
 
   GPT2Config config_;
-  DType dtype_;         // of attention's output, and of float weights
-  DType act_ = dtype_;  // of what layer norms and c_fc write: i8 for quantised weights
-  ops::Weight wte_;     // of the dtype that it has in the file
+  DType dtype_;           // of attention's output, and of float weights
+  DType act_ = dtype_;    // of what layer norms and c_fc write: i8 for quantised weights
+  ops::Weight wte_;       // of the dtype that it has in the file
+  bool is_tied_ = false;  // the head is the token embedding
   const void* wpe_ = nullptr;
   std::vector<Layer> layers_;
   Norm ln_f_;

@@ -59,9 +59,10 @@ class GPT2::Loader {
     return as(dtype_, find_floats(name, {rows, cols}), rows * cols);
   }
 
-  // A vector; always float32.
+  // A vector; always float32, and a copy: what lies around it in the file is given back
+  // (packed_weights.h), and would return with it, as the system maps up to 2 MB at once.
   const float* vector(const std::string& name, int64_t n) {
-    return static_cast<const float*>(as(DType::f32, find_floats(name, {n}), n));
+    return static_cast<const float*>(copy(DType::f32, find_floats(name, {n}), n));
   }
 
   // (in, out) weights, or (out, in) ones, as they lie in the file; or what quantising made of
@@ -150,12 +151,15 @@ class GPT2::Loader {
   }
 
   const void* as(DType dtype, const TensorView& tensor, int64_t n) {
-    const size_t alignment = size_of(dtype);
-    const bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % alignment == 0;
-    if (tensor.dtype == dtype && aligned) {
-      map_pages(tensor.data, tensor.bytes);
-      return tensor.data;
-    }
+    const bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % size_of(dtype) == 0;
+    if (tensor.dtype != dtype || !aligned) return copy(dtype, tensor, n);
+    // What will be converted (packed_weights.h) is better mapped piece by piece: it is not to be
+    // in memory as a whole.
+    if (dtype == dtype_) map_pages(tensor.data, tensor.bytes);
+    return tensor.data;
+  }
+
+  const void* copy(DType dtype, const TensorView& tensor, int64_t n) {
     owned_.emplace_back(n * size_of(dtype));
     void* out = owned_.back().data();
     if (tensor.dtype == dtype) {
@@ -163,9 +167,9 @@ class GPT2::Loader {
     } else if (reinterpret_cast<uintptr_t>(tensor.data) % size_of(tensor.dtype) == 0) {
       ops::convert(ctx_, tensor.data, tensor.dtype, out, dtype, n);
     } else {
-      AlignedBuffer copy(tensor.bytes);
-      std::memcpy(copy.data(), tensor.data, tensor.bytes);
-      ops::convert(ctx_, copy.data(), tensor.dtype, out, dtype, n);
+      AlignedBuffer aligned(tensor.bytes);
+      std::memcpy(aligned.data(), tensor.data, tensor.bytes);
+      ops::convert(ctx_, aligned.data(), tensor.dtype, out, dtype, n);
     }
     return out;
   }
@@ -201,9 +205,9 @@ GPT2::GPT2(ExecContext& ctx, const GPT2Config& config,
     layers_.push_back(layer);
   }
   ln_f_ = load.norm("ln_f", channels);
-  head_ = load.has("lm_head.weight")
-              ? load.weight("lm_head", ops::WeightLayout::out_in, channels, config.vocab_size)
-              : wte_;
+  is_tied_ = !load.has("lm_head.weight");
+  head_ = is_tied_ ? wte_
+                   : load.weight("lm_head", ops::WeightLayout::out_in, channels, config.vocab_size);
   int quantized = 0, matrices = 0;
   auto count = [&](ops::Weight& weight, DType input) {
     ++matrices;

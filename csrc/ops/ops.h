@@ -59,14 +59,11 @@ struct RaggedBatch {
 };
 
 // x[t] = wte[token_ids[t]] + wpe[positions[t]]
-//   wte (V, C) of wte_dtype, rounded to `dtype`; wpe (n_positions, C) of dtype; x (T, C) f32
-void embed(ExecContext& ctx, const RaggedBatch& batch, const void* wte, DType wte_dtype,
-           const void* wpe, DType dtype, int64_t channels, float* x);
-
-// The same with a quantised table: x[t] = scale[id] integers[id] + wpe[positions[t]], rounded twice
-//   wte: i8, N = V columns of K = C; wpe (n_positions, C) f32
-void embed(ExecContext& ctx, const RaggedBatch& batch, const Weight& wte, const float* wpe,
-           float* x);
+//   wte: the table as N = V columns of K = C: out_in of any dtype, rounded to `dtype`; packed of
+//   `dtype`; or i8 (scale[id] integers[id], rounded to f32); wpe (n_positions, C) of dtype; x (T,
+//   C) f32
+void embed(ExecContext& ctx, const RaggedBatch& batch, const Weight& wte, const void* wpe,
+           DType dtype, float* x);
 
 // out[r] = (x[row] - mean) / sqrt(var + eps) * gain + bias, row = rows ? rows[r] : r
 //   x (*, C) f32; gain, bias (C,); out (R, C) of out_dtype; i8: quantized rows

@@ -534,8 +534,16 @@ void test_embed_and_copy(const std::string& isa) {
             wte.f32[ids[t] * channels + i] + wpe.f32[positions[t] * channels + i];
       }
     }
-    embed(c.ctx, batch, wte.data(), dtype, wpe.data(), dtype, channels, x.data());
+    Weight table{wte.data(), dtype, WeightLayout::out_in, channels, 11};
+    embed(c.ctx, batch, table, wpe.data(), dtype, x.data());
     check(same(x, expected), isa + " embed " + name_of(dtype));
+    AlignedBuffer packed(packed_words(dtype, channels, 11) * 4);
+    pack(c.ctx, table, dtype, packed.data());
+    table.data = packed.data();
+    table.layout = WeightLayout::packed;
+    x.assign(x.size(), 0.0f);
+    embed(c.ctx, batch, table, wpe.data(), dtype, x.data());
+    check(same(x, expected), isa + " embed from a packed table of " + name_of(dtype));
     const KVLayout layout{dtype, 2, 5};
     std::vector<uint8_t> cache(layout.block_bytes() * 5);
     for (size_t i = 0; i < cache.size(); ++i)

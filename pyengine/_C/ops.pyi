@@ -15,8 +15,10 @@ from . import Batch, ExecContext, KVCache, _Int32Buffer
 _Floats: TypeAlias = npt.NDArray[np.float32]
 _FloatsOrBfloat16: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
-def embed(ctx: ExecContext, batch: Batch, wte: _FloatsOrBfloat16, wpe: _FloatsOrBfloat16) -> _Floats:
-    """``wte[token_ids] + wpe[positions]`` (T, C); wte (V, C), wpe (n_positions, C)."""
+def embed(
+    ctx: ExecContext, batch: Batch, wte: _FloatsOrBfloat16 | PackedWeight, wpe: _FloatsOrBfloat16
+) -> _Floats:
+    """``wte[token_ids] + wpe[positions]`` (T, C); wte (V, C) or packed from that, wpe (n_positions, C)."""
 
 def layer_norm(
     ctx: ExecContext,

@@ -97,8 +97,10 @@ def test_embed(isa: str, dtype: str) -> None:
     wte, wpe = stored(rng.standard_normal((50, 37)), dtype), stored(rng.standard_normal((30, 37)), dtype)
     ids = rng.integers(0, 50, 30).tolist()
     batch = make_batch([ids], [[0, 1]], [(0, 0, 30)])
-    x = ops.embed(context(isa, 2), batch, wte, wpe)
-    np.testing.assert_array_equal(x, widen(wte)[ids] + widen(wpe))
+    ctx = context(isa, 2)
+    for table in (wte, ops.pack(ctx, wte, layout="out_in")):
+        x = ops.embed(ctx, batch, table, wpe)
+        np.testing.assert_array_equal(x, widen(wte)[ids] + widen(wpe))
 
 
 @pytest.mark.parametrize("isa", ISAS)
