@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import random
-import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,145 +11,10 @@ import pytest
 
 from pyengine import LLM, ConfigError, RequestError, SamplingParams, StructuredOutputsParams
 from pyengine.model.tokenizer import load_tokenizer
+from tests.decoding.constrained import CASES, RICH_SCHEMAS
 from tests.model import tokenizer_files
 
 pytest.importorskip("llguidance", reason="constrained text needs llguidance")
-
-REGEXES = [
-    r"\d{4}-\d{2}-\d{2}",
-    r"[A-Z][a-z]{2,8} [A-Z][a-z]{2,8}",
-    r"(yes|no|maybe)( (yes|no|maybe)){0,3}",
-    r"\(\d{3}\) \d{3}-\d{4}",
-    r"[a-z0-9]{1,12}@[a-z0-9]{1,8}\.(com|org|net)",
-    r"#[0-9a-f]{6}",
-    r"(25[0-5]|2[0-4]\d|1?\d?\d)(\.(25[0-5]|2[0-4]\d|1?\d?\d)){3}",
-    r"[^\n]{1,30}\.",
-    r"(a|b){0,20}abb",
-    r"-?(0|[1-9]\d{0,5})(\.\d{1,4})?",
-    r"[äöüß]{3,6}",
-    r"日本[ぁ-ん]{2,5}",
-    r"(?:ACGT){2,4}[ACGT]{0,9}",
-    r"\s{0,3}x = \d+;",
-    r'"[^"\\]{0,20}"',
-    *(rf"[a-{last}]{{{count}}}" for last in "cgkpz" for count in (1, 4, 9, 16)),
-    *(rf"([a-{last}]{{2}} ){{30}}" for last in "defghijk"),  # long enough to be preempted
-    *(rf"(foo|bar{number}|\d{{{number}}}){{2}}" for number in range(1, 11)),
-]
-CHOICES = [
-    ["positive", "negative", "neutral"],
-    ["a", "ab", "abc"],
-    ["The answer is 42.", "The answer is unknown."],
-    [" leading", "trailing ", 'with "quotes"', "\n"],
-    ["日本", "中国", "한국"],
-    *([str(number * step) for number in range(7)] for step in range(1, 16)),
-]
-GRAMMARS: list[tuple[str, Callable[[str], bool]]] = [
-    (
-        'start: sum\nsum: term ("+" term){0,3}\nterm: NUMBER | "(" sum ")"\nNUMBER: /[1-9][0-9]{0,2}/',
-        lambda text: isinstance(eval(compile(ast.parse(text, mode="eval"), "", "eval")), int),
-    ),
-    (
-        'root ::= pair{1,3}\npair ::= key "=" value "\\n"\nkey ::= [a-z]{1,9}\nvalue ::= [0-9]{1,5}',
-        lambda text: re.fullmatch(r"([a-z]{1,9}=[0-9]{1,5}\n){1,3}", text) is not None,
-    ),
-    (
-        'start: "<" NAME ">" /[a-z ]{0,20}/ "</p>"\nNAME: "p"',
-        lambda text: re.fullmatch(r"<p>[a-z ]{0,20}</p>", text) is not None,
-    ),
-    (
-        'root ::= "SELECT " col (", " col){0,2} " FROM " [a-z]{1,8} ";"\ncol ::= "id" | "name" | "age"',
-        lambda text: (
-            re.fullmatch(r"SELECT (id|name|age)(, (id|name|age)){0,2} FROM [a-z]{1,8};", text) is not None
-        ),
-    ),
-]
-
-
-def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
-    """A schema all of whose values are short."""
-    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const", "pattern"]
-    kind = rng.choice(kinds + ["object", "array", "anyOf"] * (2 if depth else 0))
-    if kind == "string":
-        return {"type": "string", "minLength": rng.randint(0, 2), "maxLength": rng.randint(2, 12)}
-    if kind == "integer":
-        low = rng.randint(-50, 50)
-        return {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 100)}
-    if kind == "number":
-        return {"type": "number", "minimum": 0, "maximum": rng.randint(1, 9)}
-    if kind == "enum":
-        return {"enum": rng.sample(["red", "green", 1, 2, None, True], rng.randint(1, 4))}
-    if kind == "const":
-        return {"const": rng.choice(["x", 7, False])}
-    if kind == "pattern":
-        return {"type": "string", "pattern": rng.choice(["^[A-Z]{3}$", "^\\d{2}:\\d{2}$", "^(ja|nein)$"])}
-    if kind == "array":
-        low = rng.randint(0, 2)
-        items = random_schema(rng, depth - 1)
-        return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randint(0, 2)}
-    if kind == "anyOf":
-        return {"anyOf": [random_schema(rng, depth - 1) for _ in range(2)]}
-    if kind == "object":
-        names = rng.sample(["name", "age", "tags", "ok", "città"], rng.randint(1, 3))
-        return {
-            "type": "object",
-            "properties": {name: random_schema(rng, depth - 1) for name in names},
-            "required": rng.sample(names, rng.randint(0, len(names))),
-            "additionalProperties": False,
-        }
-    return {"type": kind}
-
-
-def follows(schema: dict[str, Any], value: Any) -> bool:
-    """JSON Schema's own rules, for the keywords that occur here."""
-    if "anyOf" in schema:
-        return any(follows(each, value) for each in schema["anyOf"])
-    if "enum" in schema:
-        return any(value == each and type(value) is type(each) for each in schema["enum"])
-    if "const" in schema:
-        return value == schema["const"] and type(value) is type(schema["const"])
-    kind = schema["type"]
-    if kind in ("integer", "number"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        whole = kind == "number" or value == int(value)
-        return whole and schema.get("minimum", value) <= value <= schema.get("maximum", value)
-    if kind == "string":
-        return (
-            isinstance(value, str)
-            and schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", len(value))
-            and re.search(schema.get("pattern", ""), value) is not None
-        )
-    if kind == "array":
-        fits = isinstance(value, list) and schema["minItems"] <= len(value) <= schema["maxItems"]
-        return fits and all(follows(schema["items"], item) for item in value)
-    if kind == "object":
-        fits = isinstance(value, dict) and set(schema["required"]) <= set(value) <= set(schema["properties"])
-        return fits and all(follows(schema["properties"][name], item) for name, item in value.items())
-    return value is None if kind == "null" else isinstance(value, bool)
-
-
-def matches(pattern: str, text: str) -> bool:
-    return re.fullmatch(pattern, text) is not None
-
-
-def is_json_of(schema: dict[str, Any], text: str) -> bool:
-    return follows(schema, json.loads(text))
-
-
-def cases() -> list[tuple[StructuredOutputsParams, Callable[[str], bool]]]:
-    result: list[tuple[StructuredOutputsParams, Callable[[str], bool]]] = []
-    result += [(StructuredOutputsParams(regex=pattern), partial(matches, pattern)) for pattern in REGEXES]
-    result += [(StructuredOutputsParams(choice=choice), choice.__contains__) for choice in CHOICES]
-    result += [(StructuredOutputsParams(grammar=grammar), check) for grammar, check in GRAMMARS]
-    rng = random.Random(1)
-    for _ in range(140):
-        schema = random_schema(rng)
-        params = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-        result.append((params, partial(is_json_of, schema)))
-    return result
-
-
-CASES = cases()
 
 
 @pytest.fixture(scope="module")
@@ -162,18 +23,23 @@ def llm() -> LLM:
 
 
 def closing(llm: LLM) -> dict[int, float]:
-    """A bias towards what ends a value, so that numbers without a bound on their digits do end."""
+    """A bias towards what ends a value, so that numbers and white space without a bound do end."""
     assert llm.tokenizer is not None
-    ids = range(llm.config.vocab_size)
-    bias = {token: 4.0 for token in ids if set(",}]") & set(llm.tokenizer.decode([token]))}
+    bias: dict[int, float] = {}
+    for token in range(llm.config.vocab_size):
+        text = llm.tokenizer.decode([token])
+        if set(",}]") & set(text):
+            bias[token] = 4.0
+        elif text.isspace():
+            bias[token] = -20.0
     assert llm.tokenizer.eos_token_id is not None
     return bias | {llm.tokenizer.eos_token_id: 6.0}
 
 
 def generate(llm: LLM, seed: int, prompt: str = "The result:", **params: Any) -> list[tuple[str, str | None]]:
-    params |= {"max_tokens": 220, "temperature": 1.2, "logit_bias": closing(llm)}
+    controls = {"max_tokens": 220, "temperature": 1.2, "logit_bias": closing(llm), **params}
     each = [
-        SamplingParams(structured_outputs=constraint, seed=seed + i, **params)
+        SamplingParams(structured_outputs=constraint, seed=seed + i, **controls)
         for i, (constraint, _) in enumerate(CASES)
     ]
     outputs = [output.outputs[0] for output in llm.generate([prompt] * len(each), each)]
@@ -197,7 +63,7 @@ def test_preemption_and_threads_change_nothing(llm: LLM) -> None:
 
 
 def test_stop_strings_and_penalties_beside_a_constraint(llm: LLM) -> None:
-    stop = ["an", "4", "~"]
+    stop = ["an", "4", "2", "~"]
     whole = generate(llm, 7, repetition_penalty=1.3, top_k=500)
     found = generate(llm, 7, repetition_penalty=1.3, top_k=500, stop=stop)
     for (params, check), (text, reason), (cut, _) in zip(CASES, whole, found, strict=True):
@@ -205,6 +71,101 @@ def test_stop_strings_and_penalties_beside_a_constraint(llm: LLM) -> None:
         first = min([at for at in map(text.find, stop) if at >= 0], default=len(text))
         assert cut == text[:first], (params, text)
     assert sum(whole != cut for whole, cut in zip(whole, found, strict=True)) > 20
+
+
+SPECULATION: dict[str, dict[str, Any]] = {
+    "ngram": {"method": "ngram"},
+    "short": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+    "suffix": {"method": "suffix"},
+    "model": {"num_speculative_tokens": 3},
+}
+STOPS: list[list[str]] = [[], ["7", "an"], ['"', ","], [], ["e", "0-", "] "], ["z", "00"]]
+
+
+@pytest.fixture(scope="module")
+def mixed(llm: LLM) -> tuple[list[str], list[dict[str, Any]], list[str]]:
+    """Prompts that show texts like those to come, so that drafts are made; a mix of controls for each; and
+    the texts, whole."""
+    rng = random.Random(5)
+    shown = [f"{text[:24]}\n{text[:24]}\n" for text, _ in generate(llm, 500)]
+    prompts = [" and" * (i % 16) + text for i, text in enumerate(shown)]
+    mixes: list[dict[str, Any]] = [
+        {
+            "seed": i,
+            "temperature": rng.choice([0.7, 1.0, 1.3]),
+            "repetition_penalty": rng.choice([1.0, 1.0, 1.1]),
+            "top_k": rng.choice([0, 200]),
+            "max_tokens": 160,
+            "logit_bias": closing(llm),
+            "structured_outputs": constraint,
+        }
+        for i, (constraint, _) in enumerate(CASES)
+    ]
+    texts = []
+    outputs = llm.generate(prompts, [SamplingParams(**mix) for mix in mixes])
+    for (params, check), output in zip(CASES, outputs, strict=True):
+        texts.append(output.outputs[0].text)
+        assert output.outputs[0].finish_reason == "stop" and check(texts[-1]), (params, texts[-1])
+    return prompts, mixes, texts
+
+
+@pytest.mark.parametrize("method", SPECULATION)
+def test_speculation_preemption_and_stop_strings_together(
+    llm: LLM,
+    mixed: tuple[list[str], list[dict[str, Any]], list[str]],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts, mixes, texts = mixed
+    rng = random.Random(method)
+    stops = [rng.choice(STOPS) for _ in CASES]
+    with LLM(
+        speculative_config=SPECULATION[method] | ({} if method != "model" else {"model": llm.path}),
+        kv_cache_memory=15 * llm._engine.core.kv.block_bytes,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=64,
+        max_num_seqs=16,
+    ) as small:
+        speculator = small._engine.speculator
+        assert speculator is not None
+        # Drafts that seem to cost next to nothing are all run, whatever the machine's speed.
+        monkeypatch.setattr(speculator.costs, "seconds", lambda _: None)
+        monkeypatch.setattr(
+            speculator.costs, "of_drafts", lambda _, most: [1 + n / 1e6 for n in range(most + 1)]
+        )
+        each = [SamplingParams(**mix, stop=stop) for mix, stop in zip(mixes, stops, strict=True)]
+        # Long texts come together, so that all grow beyond their first blocks at once.
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        found = small.generate([prompts[i] for i in order], [each[i] for i in order])
+        outputs = dict(zip(order, (output.outputs[0] for output in found), strict=True))
+        stats = small.stats()
+    cut = 0
+    for i, ((params, _), text, stop) in enumerate(zip(CASES, texts, stops, strict=True)):
+        output = outputs[i]
+        first = min([at for at in map(text.find, stop) if at >= 0], default=len(text))
+        assert (output.text, output.finish_reason) == (text[:first], "stop"), params
+        cut += first < len(text)
+    assert cut > 20 and stats.preemptions > 0
+    assert stats.draft_tokens > 100 and stats.acceptance_rate > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_keywords_that_another_validator_judges(llm: LLM, seed: int) -> None:
+    validators = pytest.importorskip("jsonschema", reason="judges JSON by its schema")
+    bias = closing(llm)
+    each = [
+        SamplingParams(
+            structured_outputs=StructuredOutputsParams(json=schema, disable_any_whitespace=True),
+            seed=seed,
+            max_tokens=220,
+            logit_bias=bias,
+        )
+        for schema in RICH_SCHEMAS
+    ]
+    for schema, output in zip(RICH_SCHEMAS, llm.generate(["The result:"] * len(each), each), strict=True):
+        assert output.outputs[0].finish_reason == "stop", (schema, output.outputs[0].text)
+        draft = validators.Draft202012Validator
+        draft(schema, format_checker=draft.FORMAT_CHECKER).validate(json.loads(output.outputs[0].text))
 
 
 def test_ends_without_eos(llm: LLM) -> None:
