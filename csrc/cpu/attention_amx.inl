@@ -208,7 +208,7 @@ class AmxAttention {
   }
 
   static void fetch_lines(const char* p, int64_t lines) {
-    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + i * 64, 0, 3);
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(p + i * 64, 0, 2);
   }
 
   // ---- softmax ----

@@ -76,7 +76,7 @@ PYENGINE_INLINE void multiply_step(Vf (&acc)[kRows][kVectors], const float* x, i
   for (int v = 0; v < kVectors; ++v) {
     word[v] = Read::read(p[v] + offset);
     // One line holds 16 / kLanes vectors.
-    if (kAhead) __builtin_prefetch(ahead[v] + offset, 0, 3);
+    if (kAhead) __builtin_prefetch(ahead[v] + offset, 0, 2);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {

@@ -15,9 +15,12 @@ constexpr int64_t kTileWords = 16;                   // of k: 32 bf16
 constexpr int64_t kTileFloats = kTileWords * kTile;  // a tile of weights, 1 KB
 constexpr int64_t kTileStride = kTile * 4;           // bytes from line to line of weights
 constexpr int64_t kBlockWordsAmx = 192;              // 2 column tiles of a block fill half an L1
-constexpr int64_t kTilesAhead = 2;
+constexpr int64_t kTilesNear = 1, kTilesFar = 4;
 
-// Tiles 0..3 hold sums, 4 and 5 x, 6 and 7 weights. `rows` of x and of sums, all of weights.
+constexpr int64_t kRowTilesAtOnce = 4;  // of a step, at most: its weights are read once
+
+// Tiles 0..3 hold sums, 4 and 5 x, 6 and 7 weights, or 6 weights and the others x. `rows` of x and
+// of sums, all of weights: where x is in tile 7 there are 16 of either.
 static void configure_tiles(int64_t rows) {
   alignas(64) struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -35,95 +38,149 @@ static void configure_tiles(int64_t rows) {
 PYENGINE_INLINE void written() { asm volatile("" ::: "memory"); }
 
 struct TileBlock {
-  const float* x;    // of the first row tile; the second begins x_second further on
-  int64_t x_second;  // floats
-  int64_t x_stride;  // bytes
-  const float* w;    // of the first column tile; tiles w_tile floats apart
+  const float* x[kRowTilesAtOnce];  // of each row tile
+  int64_t x_stride;                 // bytes
+  const float* w;                   // of the first column tile; tiles w_tile floats apart
   int64_t w_tile;
   int64_t steps;     // of kTileWords words
   float* c;          // sums of the first row and column tile
-  int64_t c_second;  // floats from row tile to row tile
+  int64_t c_tile;    // floats from row tile to row tile
   int64_t c_stride;  // bytes
   bool first;
   bool from_memory;  // ask for weights ahead of time
 };
 
-PYENGINE_INLINE void prefetch_tile(const float* w) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileWords; ++i) __builtin_prefetch(w + i * kTile, 0, 3);
+// Asks for a quarter of the lines of the tiles kTilesNear after w, from the second-level cache to
+// the first, and kTilesFar after it, from memory to the second: kColTiles of each, w_tile floats
+// apart. All of a tile's lines at once would take the buffers through which x arrives.
+template <int kQuarter, int kColTiles>
+PYENGINE_INLINE void prefetch_quarter(const TileBlock& b, const float* w) {
+  if (!b.from_memory) return;
+#pragma GCC unroll 4
+  for (int t = 0; t < kColTiles; ++t) {
+#pragma GCC unroll 4
+    for (int i = kQuarter * 4; i < kQuarter * 4 + 4; ++i) {
+      const float* line = w + t * b.w_tile + i * kTile;
+      __builtin_prefetch(line + kTilesFar * kTileFloats, 0, 2);
+      __builtin_prefetch(line + kTilesNear * kTileFloats, 0, 3);
+    }
+  }
 }
 
-// kRowTiles x kColTiles tiles of sums; at most 2 x 2, or 1 x 4.
-template <int kRowTiles, int kColTiles>
-static void multiply_tiles(const TileBlock& b) {
-  static_assert(kRowTiles * kColTiles <= 4 && kRowTiles <= 2, "tiles 0 to 3 hold the sums");
-  float* const c1 = b.c + b.c_second;
+// Tiles 0..3, of which there are kTiles, `step` floats apart.
+template <int kTiles>
+PYENGINE_INLINE void load_sums(const float* c, int64_t step, int64_t stride) {
+  _tile_loadd(0, c, stride);
+  if (kTiles > 1) _tile_loadd(1, c + step, stride);
+  if (kTiles > 2) _tile_loadd(2, c + 2 * step, stride);
+  if (kTiles > 3) _tile_loadd(3, c + 3 * step, stride);
+}
+template <int kTiles>
+PYENGINE_INLINE void store_sums(float* c, int64_t step, int64_t stride) {
+  _tile_stored(0, c, stride);
+  if (kTiles > 1) _tile_stored(1, c + step, stride);
+  if (kTiles > 2) _tile_stored(2, c + 2 * step, stride);
+  if (kTiles > 3) _tile_stored(3, c + 3 * step, stride);
+}
+template <int kTiles>
+PYENGINE_INLINE void zero_sums() {
+  _tile_zero(0);
+  if (kTiles > 1) _tile_zero(1);
+  if (kTiles > 2) _tile_zero(2);
+  if (kTiles > 3) _tile_zero(3);
+}
+
+// Two row tiles times two column tiles.
+static void multiply_square(const TileBlock& b) {
   if (b.first) {
-    _tile_zero(0);
-    if (kRowTiles * kColTiles > 1) _tile_zero(1);
-    if (kRowTiles * kColTiles > 2) _tile_zero(2);
-    if (kRowTiles * kColTiles > 3) _tile_zero(3);
-  } else if (kRowTiles == 2) {
-    _tile_loadd(0, b.c, b.c_stride);
-    _tile_loadd(1, c1, b.c_stride);
-    if (kColTiles > 1) _tile_loadd(2, b.c + kTile, b.c_stride);
-    if (kColTiles > 1) _tile_loadd(3, c1 + kTile, b.c_stride);
+    zero_sums<4>();
   } else {
     _tile_loadd(0, b.c, b.c_stride);
-    if (kColTiles > 1) _tile_loadd(1, b.c + kTile, b.c_stride);
-    if (kColTiles > 2) _tile_loadd(2, b.c + 2 * kTile, b.c_stride);
-    if (kColTiles > 3) _tile_loadd(3, b.c + 3 * kTile, b.c_stride);
+    _tile_loadd(1, b.c + b.c_tile, b.c_stride);
+    _tile_loadd(2, b.c + kTile, b.c_stride);
+    _tile_loadd(3, b.c + b.c_tile + kTile, b.c_stride);
   }
-  const float* x = b.x;
-  const float* w = b.w;
+  const float *x0 = b.x[0], *x1 = b.x[1], *w = b.w;
+  for (int64_t i = 0; i < b.steps; ++i, x0 += kTileWords, x1 += kTileWords, w += kTileFloats) {
+    prefetch_quarter<0, 2>(b, w);
+    _tile_loadd(6, w, kTileStride);
+    _tile_loadd(4, x0, b.x_stride);
+    prefetch_quarter<1, 2>(b, w);
+    _tile_loadd(5, x1, b.x_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    prefetch_quarter<2, 2>(b, w);
+    _tile_loadd(7, w + b.w_tile, kTileStride);
+    prefetch_quarter<3, 2>(b, w);
+    _tile_dpbf16ps(1, 5, 6);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, b.c, b.c_stride);
+  _tile_stored(1, b.c + b.c_tile, b.c_stride);
+  _tile_stored(2, b.c + kTile, b.c_stride);
+  _tile_stored(3, b.c + b.c_tile + kTile, b.c_stride);
+}
+
+// kRows row tiles times one column tile.
+template <int kRows>
+static void multiply_column(const TileBlock& b) {
+  b.first ? zero_sums<kRows>() : load_sums<kRows>(b.c, b.c_tile, b.c_stride);
+  const float *x0 = b.x[0], *x1 = b.x[1], *x2 = b.x[2], *x3 = b.x[3], *w = b.w;
+  for (int64_t k = 0; k < b.steps * kTileWords; k += kTileWords, w += kTileFloats) {
+    prefetch_quarter<0, 1>(b, w);
+    _tile_loadd(6, w, kTileStride);
+    _tile_loadd(4, x0 + k, b.x_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    prefetch_quarter<1, 1>(b, w);
+    if (kRows > 1) _tile_loadd(5, x1 + k, b.x_stride);
+    if (kRows > 1) _tile_dpbf16ps(1, 5, 6);
+    prefetch_quarter<2, 1>(b, w);
+    if (kRows > 2) _tile_loadd(7, x2 + k, b.x_stride);
+    if (kRows > 2) _tile_dpbf16ps(2, 7, 6);
+    prefetch_quarter<3, 1>(b, w);
+    if (kRows > 3) _tile_loadd(4, x3 + k, b.x_stride);
+    if (kRows > 3) _tile_dpbf16ps(3, 4, 6);
+  }
+  store_sums<kRows>(b.c, b.c_tile, b.c_stride);
+}
+
+// One row tile times kCols column tiles, two or four.
+template <int kCols>
+static void multiply_row(const TileBlock& b) {
+  b.first ? zero_sums<kCols>() : load_sums<kCols>(b.c, kTile, b.c_stride);
+  const float *x = b.x[0], *w = b.w;
   for (int64_t i = 0; i < b.steps; ++i, x += kTileWords, w += kTileFloats) {
-    if (b.from_memory) {
-#pragma GCC unroll 4
-      for (int t = 0; t < kColTiles; ++t) {
-        prefetch_tile(w + t * b.w_tile + kTilesAhead * kTileFloats);
-      }
-    }
+    prefetch_quarter<0, kCols>(b, w);
     _tile_loadd(6, w, kTileStride);
     _tile_loadd(4, x, b.x_stride);
-    if (kRowTiles == 2) {
-      _tile_loadd(5, x + b.x_second, b.x_stride);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kColTiles > 1) _tile_loadd(7, w + b.w_tile, kTileStride);
-      _tile_dpbf16ps(1, 5, 6);
-      if (kColTiles > 1) _tile_dpbf16ps(2, 4, 7);
-      if (kColTiles > 1) _tile_dpbf16ps(3, 5, 7);
-    } else {
-      if (kColTiles > 1) _tile_loadd(7, w + b.w_tile, kTileStride);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kColTiles > 2) _tile_loadd(6, w + 2 * b.w_tile, kTileStride);
-      if (kColTiles > 1) _tile_dpbf16ps(1, 4, 7);
-      if (kColTiles > 3) _tile_loadd(7, w + 3 * b.w_tile, kTileStride);
-      if (kColTiles > 2) _tile_dpbf16ps(2, 4, 6);
-      if (kColTiles > 3) _tile_dpbf16ps(3, 4, 7);
-    }
+    prefetch_quarter<1, kCols>(b, w);
+    _tile_loadd(7, w + b.w_tile, kTileStride);
+    _tile_dpbf16ps(0, 4, 6);
+    prefetch_quarter<2, kCols>(b, w);
+    if (kCols > 2) _tile_loadd(6, w + 2 * b.w_tile, kTileStride);
+    _tile_dpbf16ps(1, 4, 7);
+    prefetch_quarter<3, kCols>(b, w);
+    if (kCols > 2) _tile_loadd(7, w + 3 * b.w_tile, kTileStride);
+    if (kCols > 2) _tile_dpbf16ps(2, 4, 6);
+    if (kCols > 2) _tile_dpbf16ps(3, 4, 7);
   }
-  if (kRowTiles == 2) {
-    _tile_stored(0, b.c, b.c_stride);
-    _tile_stored(1, c1, b.c_stride);
-    if (kColTiles > 1) _tile_stored(2, b.c + kTile, b.c_stride);
-    if (kColTiles > 1) _tile_stored(3, c1 + kTile, b.c_stride);
-  } else {
-    _tile_stored(0, b.c, b.c_stride);
-    if (kColTiles > 1) _tile_stored(1, b.c + kTile, b.c_stride);
-    if (kColTiles > 2) _tile_stored(2, b.c + 2 * kTile, b.c_stride);
-    if (kColTiles > 3) _tile_stored(3, b.c + 3 * kTile, b.c_stride);
-  }
+  store_sums<kCols>(b.c, kTile, b.c_stride);
 }
 
-// One or two row tiles times one, two or (of one row tile) four column tiles.
+// Up to four sums: see most_columns.
 static void multiply_tile_block(const TileBlock& b, int64_t row_tiles, int64_t col_tiles) {
-  if (row_tiles == 2) {
-    col_tiles == 2 ? multiply_tiles<2, 2>(b) : multiply_tiles<2, 1>(b);
-  } else if (col_tiles == 4) {
-    multiply_tiles<1, 4>(b);
+  if (row_tiles == 1) {
+    col_tiles == 4   ? multiply_row<4>(b)
+    : col_tiles == 2 ? multiply_row<2>(b)
+                     : multiply_column<1>(b);
+  } else if (row_tiles == 2) {
+    col_tiles == 2 ? multiply_square(b) : multiply_column<2>(b);
   } else {
-    col_tiles == 2 ? multiply_tiles<1, 2>(b) : multiply_tiles<1, 1>(b);
+    row_tiles == 3 ? multiply_column<3>(b) : multiply_column<4>(b);
   }
+}
+static int64_t most_columns(int64_t row_tiles) {
+  return row_tiles == 1 ? 4 : row_tiles == 2 ? 2 : 1;
 }
 
 static int64_t padded_words_tiles(int64_t in_features) {
@@ -169,16 +226,19 @@ static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
   auto first_row = [&](int64_t tile) {
     return rows < kTileRowsAmx ? 0 : smaller(tile * kTileRowsAmx, rows - kTileRowsAmx);
   };
-  // Words [k0, k0 + count) of all columns for row tile t and the next; c: their sums.
+  // Few rows read all their weights once; more are better off with squares of sums.
+  const int64_t group = is_packed && row_tiles <= kRowTilesAtOnce ? kRowTilesAtOnce : 2;
+  // Words [k0, k0 + count) of all columns for `group` row tiles from t on; c: their sums.
   auto multiply = [&](int64_t k0, int64_t count, int64_t t, float* c) {
-    const int64_t rows_at_once = smaller(row_tiles - t, 2);
-    const int64_t most = rows_at_once == 1 ? 4 : 2;  // column tiles at once
+    const int64_t rows_at_once = smaller(row_tiles - t, group);
+    const int64_t most = most_columns(rows_at_once);
     TileBlock b;
     b.w_tile = (is_packed ? words : count) * kTile;
-    b.x = x + first_row(t) * j.x_stride + k0;
-    b.x_second = rows_at_once == 1 ? 0 : (first_row(t + 1) - first_row(t)) * j.x_stride;
+    for (int64_t i = 0; i < kRowTilesAtOnce; ++i) {
+      b.x[i] = x + first_row(smaller(t + i, row_tiles - 1)) * j.x_stride + k0;
+    }
     b.x_stride = j.x_stride * 4;
-    b.c_second = kTileRowsAmx * ldc;
+    b.c_tile = kTileRowsAmx * ldc;
     b.c_stride = ldc * 4;
     const int64_t steps = count / kTileWords, whole = steps * kTileWords;
     for (int64_t at = 0, tiles; at < col_tiles; at += tiles) {
@@ -202,14 +262,14 @@ static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
       TileBlock rest = b;
       rest.w = tails;
       rest.w_tile = kTileFloats;
-      rest.x += whole;
+      for (const float*& row : rest.x) row += whole;
       rest.steps = 1;
       rest.first = b.first && steps == 0;
       multiply_tile_block(rest, rows_at_once, tiles);
     }
   };
   auto finish = [&](int64_t t, float* c) {
-    const int64_t end = smaller((t + 2) * kTileRowsAmx, rows);
+    const int64_t end = smaller((t + group) * kTileRowsAmx, rows);
     for (int64_t r = t * kTileRowsAmx; r < end; ++r) {
       const int64_t tile = r / kTileRowsAmx;
       const int64_t line = (tile - t) * kTileRowsAmx + r - first_row(tile);
@@ -220,8 +280,8 @@ static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
   configure_tiles(smaller(rows, kTileRowsAmx));
   if (is_packed) {
     // Two row tiles of x lie in an L1 while all columns of a block pass by.
-    const int64_t block = row_tiles <= 2 ? words : kBlockWordsAmx;
-    for (int64_t t = 0; t < row_tiles; t += 2) {
+    const int64_t block = row_tiles <= group ? words : kBlockWordsAmx;
+    for (int64_t t = 0; t < row_tiles; t += group) {
       for (int64_t k0 = 0; k0 < words; k0 += block) {
         multiply(k0, smaller(block, words - k0), t, sums);
       }
@@ -232,11 +292,11 @@ static void run_tiles(const DenseJob& j, int64_t row0, int64_t row1, int64_t col
       const int64_t count = smaller(kBlockWordsAmx, words - k0);
       pack<LayerBf16>(j, k0, count, col0, col_tiles * kTile, packed, count);
       written();
-      for (int64_t t = 0; t < row_tiles; t += 2) {
+      for (int64_t t = 0; t < row_tiles; t += group) {
         multiply(k0, count, t, sums + t * kTileRowsAmx * ldc);
       }
     }
-    for (int64_t t = 0; t < row_tiles; t += 2) finish(t, sums + t * kTileRowsAmx * ldc);
+    for (int64_t t = 0; t < row_tiles; t += group) finish(t, sums + t * kTileRowsAmx * ldc);
   }
   _tile_release();
 }
