@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -93,17 +94,21 @@ class ByteDecoder {
 // A decoder behind a prompt, whose text is not repeated.
 class StreamingDetokenizer {
  public:
-  StreamingDetokenizer(py::object decoder, py::handle prompt_ids) : decoder_(std::move(decoder)) {
-    bind();
+  StreamingDetokenizer(py::object decoder, py::handle prompt_ids) {
+    if (py::isinstance<ByteDecoder>(decoder)) {
+      bytes_ = decoder.cast<const ByteDecoder&>();
+    } else {
+      decoder_ = std::move(decoder);
+    }
     if (py::len(prompt_ids) == 0) return;
     std::string text;
     push(prompt_ids, text);
-    py::object twin = decoder_.attr("copy")();
-    echo_ = from_python(twin.attr("finish")());
+    StreamingDetokenizer twin(*this);
+    twin.flush(echo_);
   }
   StreamingDetokenizer(const StreamingDetokenizer& other)
-      : decoder_(other.decoder_.attr("copy")()), echo_(other.echo_) {
-    bind();
+      : bytes_(other.bytes_), echo_(other.echo_) {
+    if (!bytes_) decoder_ = other.decoder_.attr("copy")();
   }
   StreamingDetokenizer& operator=(const StreamingDetokenizer&) = delete;
 
@@ -112,23 +117,20 @@ class StreamingDetokenizer {
     drop_echo(text);
   }
   void finish(std::string& text) {
-    if (native_ != nullptr) {
-      native_->finish(text);
-    } else {
-      text = from_python(decoder_.attr("finish")());
-    }
+    flush(text);
     drop_echo(text);
   }
 
  private:
-  void bind() {
-    if (py::isinstance<ByteDecoder>(decoder_)) native_ = decoder_.cast<ByteDecoder*>();
-  }
   void push(py::handle ids, std::string& text) {
-    if (native_ != nullptr) return native_->push(ids, text);
+    if (bytes_) return bytes_->push(ids, text);
     py::object listed =
         PyLong_Check(ids.ptr()) ? py::make_tuple(ids) : py::reinterpret_borrow<py::object>(ids);
     text = from_python(decoder_.attr("push")(listed));
+  }
+  void flush(std::string& text) {
+    if (bytes_) return bytes_->finish(text);
+    text = from_python(decoder_.attr("finish")());
   }
   // The text of the prompt's end that was not certain yet may come out with what follows.
   void drop_echo(std::string& text) {
@@ -144,8 +146,8 @@ class StreamingDetokenizer {
     text.erase(0, common);
   }
 
-  py::object decoder_;
-  ByteDecoder* native_ = nullptr;  // decoder_, if it is one
+  std::optional<ByteDecoder> bytes_;  // in place: a step touches little memory for each sequence
+  py::object decoder_;                // any other decoder
   std::string echo_;
 };
 
@@ -154,21 +156,23 @@ class TextStream {
  public:
   TextStream(py::object detokenizer, const std::vector<py::str>& stop, bool include_stop,
              const py::str& text)
-      : detokenizer_(std::move(detokenizer)),
-        stop_(stop),
+      : stop_(stop),
         text_(std::make_shared<text::StopStrings>(encoded(stop)), include_stop, from_python(text)) {
-    bind();
+    if (py::isinstance<StreamingDetokenizer>(detokenizer)) {
+      own_.emplace(detokenizer.cast<const StreamingDetokenizer&>());
+    } else {
+      detokenizer_ = std::move(detokenizer);
+    }
   }
-  TextStream(const TextStream& other)
-      : detokenizer_(other.detokenizer_.attr("copy")()), stop_(other.stop_), text_(other.text_) {
-    bind();
+  TextStream(const TextStream& other) : own_(other.own_), stop_(other.stop_), text_(other.text_) {
+    if (!own_) detokenizer_ = other.detokenizer_.attr("copy")();
   }
   TextStream& operator=(const TextStream&) = delete;
 
   py::object append(py::handle ids, bool may_stop) {
     piece_.clear();
-    if (native_ != nullptr) {
-      native_->append(ids, piece_);
+    if (own_) {
+      own_->append(ids, piece_);
     } else {
       py::object listed =
           PyLong_Check(ids.ptr()) ? py::make_tuple(ids) : py::reinterpret_borrow<py::object>(ids);
@@ -180,8 +184,8 @@ class TextStream {
   py::object finish() {
     if (text_.finished()) return py::none();
     piece_.clear();
-    if (native_ != nullptr) {
-      native_->finish(piece_);
+    if (own_) {
+      own_->finish(piece_);
     } else {
       piece_ = from_python(detokenizer_.attr("finish")());
     }
@@ -199,17 +203,12 @@ class TextStream {
     for (const py::str& s : strings) made.push_back(from_python(s));
     return made;
   }
-  void bind() {
-    if (py::isinstance<StreamingDetokenizer>(detokenizer_)) {
-      native_ = detokenizer_.cast<StreamingDetokenizer*>();
-    }
-  }
   py::object stop_string(int index) const {
     return index < 0 ? py::object(py::none()) : py::object(stop_[index]);
   }
 
-  py::object detokenizer_;
-  StreamingDetokenizer* native_ = nullptr;  // detokenizer_, if it is one
+  std::optional<StreamingDetokenizer> own_;
+  py::object detokenizer_;  // any other
   std::vector<py::str> stop_;
   text::StoppableText text_;
   std::string piece_;  // scratch

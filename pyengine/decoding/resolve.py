@@ -81,7 +81,7 @@ class BeamParams:
     early_stopping: bool | str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ResolvedParams:
     """What the engine works with."""
 

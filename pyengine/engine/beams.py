@@ -80,6 +80,7 @@ class Beam(Sample):
 class BeamSearch(Generation):
     """A prompt and the search for its best continuations. ``sequences``: the beams that run, best first."""
 
+    __slots__ = ("hypotheses", "rules")
     sequences: list[Beam]  # type: ignore[assignment]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -123,6 +123,24 @@ class Generation(Request):
     when it is complete, unless a stop string has to be looked for.
     """
 
+    __slots__ = (
+        "accepted_tokens",
+        "codec",
+        "draft_tokens",
+        "echo",
+        "first_token",
+        "keeps_logprobs",
+        "last_token",
+        "longest_gap",
+        "needs_text",
+        "num_token_steps",
+        "params",
+        "prompt",
+        "prompt_ids",
+        "prompt_logprobs",
+        "stream",
+        "uses_mirostat",
+    )
     sequences: list[Sample]
 
     def __init__(
@@ -194,7 +212,7 @@ class Generation(Request):
         if begin != seq.num_inputs - 1:
             new = seq.token_ids[begin:].tolist()
         logprobs = None
-        if self.params.logprobs >= 0:
+        if self.keeps_logprobs and self.params.logprobs >= 0:
             logprobs = self._logprobs(seq.logprobs[seq.num_reported :])
         seq.num_reported += len(new)
         text = "" if seq.text is None else seq.text.take()

@@ -22,23 +22,21 @@ class AsyncMailbox:
     The loop is handed in, because importing asyncio takes longer than loading a model.
     """
 
+    __slots__ = ("_items", "_loop", "_post", "_waiter")
+
     def __init__(self, loop: AbstractEventLoop) -> None:
-        # Weak: _alarms, which forgets a loop that is gone, leads here.
+        # Weak: _offices, which forgets a loop that is gone, leads here.
         self._loop = weakref.ref(loop)
-        alarm = _alarms.get(loop)
-        if alarm is None:
-            alarm = _alarms[loop] = _Alarm(loop)
-        self._alarm = alarm
+        post = _offices.get(loop)
+        if post is None:
+            post = _offices[loop] = _PostOffice(loop)
+        self._post = post
         self._items: deque[Any] = deque()
         self._waiter: Future[None] | None = None
-        self._is_waking = False
 
     def put(self, item: Any, /) -> None:
         """RuntimeError if the loop is closed."""
-        self._items.append(item)
-        if not self._is_waking:
-            self._is_waking = True
-            self._alarm.wake(self)
+        self._post.put((self, item))
 
     async def get(self) -> Any:
         while not self._items:
@@ -51,46 +49,49 @@ class AsyncMailbox:
                 self._waiter = None
         return self._items.popleft()
 
-    def wake(self) -> None:
+    def deliver(self, item: Any) -> None:
         """Called by the loop."""
-        self._is_waking = False  # first: what is put from here on wakes again
+        self._items.append(item)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
-class _Alarm:
-    """Wakes an event loop once for all of its mailboxes, through a pipe: ``loop.call_soon_threadsafe`` lets
-    go of the GIL, and the loop would take the turn of whoever has more to put.
+class _PostOffice:
+    """Takes what is for the mailboxes of one event loop, which sorts it: whoever puts runs the engine, and is
+    to be done soon. A pipe wakes the loop, once for all: ``loop.call_soon_threadsafe`` lets go of the GIL,
+    and the loop would take the turn of whoever has more to put.
     """
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._mailboxes: deque[AsyncMailbox] = deque()
-        self._is_set = False
+        self._mail: deque[tuple[AsyncMailbox, Any]] = deque()
+        self._is_waking = False
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        loop.add_reader(self._pipe[0], self._ring)
+        loop.add_reader(self._pipe[0], self._sort)
 
-    def wake(self, mailbox: AsyncMailbox) -> None:
+    def put(self, mail: tuple[AsyncMailbox, Any]) -> None:
+        self._mail.append(mail)
+        if self._is_waking:
+            return
         loop = self._loop()
         if loop is None or loop.is_closed():
-            self._mailboxes.clear()  # nobody waits
+            self._mail.clear()  # nobody waits
             raise RuntimeError("the event loop is closed")
-        self._mailboxes.append(mailbox)
-        if not self._is_set:
-            self._is_set = True  # first: the loop may ring at once
-            wake(self._pipe[1])
+        self._is_waking = True  # first: the loop may sort at once
+        wake(self._pipe[1])
 
-    def _ring(self) -> None:
+    def _sort(self) -> None:
         os.read(self._pipe[0], 4096)
-        self._is_set = False  # first: whoever comes from here on sets it again
-        while self._mailboxes:
-            self._mailboxes.popleft().wake()
+        self._is_waking = False  # first: what is put from here on wakes again
+        while self._mail:
+            mailbox, item = self._mail.popleft()
+            mailbox.deliver(item)
 
     def __del__(self) -> None:
         for end in self._pipe:
             os.close(end)
 
 
-_alarms: WeakKeyDictionary[AbstractEventLoop, _Alarm] = WeakKeyDictionary()
+_offices: WeakKeyDictionary[AbstractEventLoop, _PostOffice] = WeakKeyDictionary()

@@ -91,6 +91,23 @@ class Sequence:
 class Request:
     """One thing asked of the engine. Times are those of ``time.perf_counter``."""
 
+    # Slots: what a step touches of a request should lie together, since the model has emptied the caches.
+    __slots__ = (
+        "arrival",
+        "arrival_time",
+        "cached_tokens",
+        "end",
+        "ended",
+        "error",
+        "first_step",
+        "id",
+        "mailbox",
+        "num_unfinished",
+        "number",
+        "preemptions",
+        "priority",
+        "sequences",
+    )
     sequences: abc.Sequence[Sequence]
 
     def __init__(self, request_id: str, number: int, priority: int, mailbox: Mailbox | None) -> None:

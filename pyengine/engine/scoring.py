@@ -36,6 +36,7 @@ class Window(Sequence):
 class Scoring(Request):
     """One text, in one window or several. ``top_n``: also the best tokens at each place, 0 to 64."""
 
+    __slots__ = ("top_n",)
     sequences: list[Window]
 
     def __init__(
