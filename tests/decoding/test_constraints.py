@@ -23,7 +23,7 @@ def llm() -> LLM:
 
 
 def closing(llm: LLM) -> dict[int, float]:
-    """A bias towards what ends a value, so that numbers and white space without a bound do end."""
+    """A bias towards what ends a value, so that numbers, nesting and white space without a bound do end."""
     assert llm.tokenizer is not None
     bias: dict[int, float] = {}
     for token in range(llm.config.vocab_size):
@@ -32,6 +32,10 @@ def closing(llm: LLM) -> dict[int, float]:
             bias[token] = 4.0
         elif text.isspace():
             bias[token] = -20.0
+        elif set("([{") & set(text):
+            bias[token] = -8.0
+        elif set("0123456789") & set(text):
+            bias[token] = -4.0
     assert llm.tokenizer.eos_token_id is not None
     return bias | {llm.tokenizer.eos_token_id: 6.0}
 
