@@ -18,7 +18,7 @@ constexpr int kPanel = kTileVectors * kLanes;  // columns of a panel
 constexpr int64_t kTile = ops::kTileColumns;
 // Items start at a multiple of this: of whole panels and of whole tiles.
 constexpr int64_t kItemColumns = kPanel > kTile ? kPanel : kTile;
-constexpr int64_t kFewRows = 32;   // up to here weights come from memory, not from a cache
+constexpr int64_t kFewRows = 64;   // up to here weights come from memory, not from a cache
 constexpr int64_t kRowsAhead = 8;  // rows of (K, N) weights to prefetch while one is packed
 
 static_assert(kTile % kLanes == 0, "a vector lies within a tile");
@@ -211,8 +211,8 @@ static void pack(const DenseJob& j, int64_t word0, int64_t words, int64_t col0, 
 enum class Ahead : uint8_t {
   nothing,
   same,   // the words kWordsAhead further on in the columns being read
-  words,  // weights that a later tile reads
-  both,   // weights, and the rows of x that the next tile reads
+  words,  // whole words of the panel that is next
+  both,   // lines of one of its tiles, and the rows of x that the next pass reads
 };
 
 constexpr int64_t kWordsAhead = 24;
@@ -226,8 +226,8 @@ struct PanelTile {
   float* c;  // c[r][0, kPanel) (+)= the block's chains
   int64_t ldc;
   bool first_block;
-  const float* ahead;  // weights: where; Ahead::words: ahead_step floats further for each word
-  int64_t ahead_step;
+  const float* ahead;  // the weights that are asked for first
+  int64_t ahead_step;  // Ahead::words: words to compute for each; Ahead::both: floats to the next
   const int64_t* next_rows;  // Ahead::both: from x to the lines of the next rows
 };
 
@@ -260,25 +260,30 @@ static void multiply_tile(const PanelTile& t) {
     w += kTile;
     x += Layer::kInputsPerWord;
   };
-  const float* end = w + t.words / 2 * 2 * kTile;
-  while (w != end) {
-    if (kAhead == Ahead::words || kAhead == Ahead::both) {
+  const float* end = w + t.words * kTile;
+  if (kAhead == Ahead::words) {
+    while (w != end) {
+#pragma GCC unroll 3
+      for (int v = 0; v < kTileVectors; ++v) {
+        if (v * kLanes % kTile == 0) __builtin_prefetch(ahead + offset[v], 0, 2);
+      }
+      ahead += kTile;
+      for (int64_t n = smaller(ahead_step, (end - w) / kTile); n > 0; --n) one_word();
+    }
+  } else if (kAhead == Ahead::both) {
+    for (int64_t n = t.words / 2; n > 0; --n) {
       __builtin_prefetch(ahead, 0, 2);
       ahead += ahead_step;
-    }
-    one_word();
-    if (kAhead == Ahead::words) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
-    }
-    if (kAhead == Ahead::both) {
+      one_word();
 #pragma GCC unroll 2
       for (int i = 0; i < Layer::kInputsPerWord; ++i) __builtin_prefetch(t.x + next_row[i], 0, 2);
       next_row += Layer::kInputsPerWord;
+      one_word();
     }
-    one_word();
+    if (t.words % 2 != 0) one_word();
+  } else {
+    while (w != end) one_word();
   }
-  if (t.words % 2 != 0) one_word();
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
@@ -310,23 +315,20 @@ static void multiply_panel(PanelTile t, int64_t rows, const float* next) {
     return;
   }
   // Memory should be busy all the time: each pass asks for its share of the words that are next.
-  constexpr int64_t kLines = kPanel > kTile ? kPanel / kTile : 1;  // cache lines of one word
   const bool is_few = rows <= kFewRows;
-  int64_t passes = (rows + kTileRows - 1) / kTileRows;
-  if (passes < kLines) passes = kLines;
-  const int64_t passes_per_line = is_few ? passes / kLines : 2;
+  const int64_t passes = (rows + kTileRows - 1) / kTileRows;
   for (int64_t pass = 0, r = 0; pass < passes; ++pass) {
-    const int64_t end = rows * (pass + 1) / passes, line = pass / passes_per_line;
-    t.ahead = t.w;
-    t.ahead_step = 0;
-    if (next != nullptr && line < kLines) {
-      t.ahead_step = is_few ? kTile / passes_per_line : kTile;
-      t.ahead =
-          next + t.w_offset[line] + pass % passes_per_line * t.words * kTile / passes_per_line;
-    }
+    const int64_t end = rows * (pass + 1) / passes;
     if (end - r == kTileRows && !is_few) {
+      constexpr int64_t kLines = kPanel > kTile ? kPanel / kTile : 1;  // cache lines of one word
+      const int64_t line = pass / 2;  // two passes, half its words each
+      const bool has_share = next != nullptr && line < kLines;
+      t.ahead = has_share ? next + t.w_offset[line] + pass % 2 * t.words / 2 * kTile : t.w;
+      t.ahead_step = has_share ? kTile : 0;
       multiply_tile<Layer, Ahead::both, kTileRows>(t);
-    } else if (t.ahead_step > 0) {
+    } else if (next != nullptr) {
+      t.ahead = next + pass * ((t.words + passes - 1) / passes) * kTile;
+      t.ahead_step = passes;
       multiply_rows<Layer, Ahead::words>(end - r, t);
     } else {
       multiply_rows<Layer, Ahead::nothing>(end - r, t);
