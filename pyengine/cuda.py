@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,9 +42,21 @@ def require_library() -> Path:
     return found
 
 
+@functools.cache
+def load_cublaslt() -> None:
+    """Loads PyPI's cuBLASLt, where it is installed: the library then finds it by its name, as it finds the
+    system's. Where there is neither, large products are pyengine's own, and slower."""
+    for found in Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib/libcublasLt.so.1[23]"):
+        import ctypes
+
+        ctypes.CDLL(str(found))
+        return
+
+
 def find_device() -> Device:
     """GPU 0. ConfigError where there is no library, no driver, or no GPU that the library has code for."""
     from pyengine import _C
 
+    load_cublaslt()
     found = _C.cuda_device(str(require_library()))
     return Device(**{**found, "capability": tuple(found["capability"])})

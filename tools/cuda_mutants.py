@@ -59,8 +59,8 @@ MUTANTS = (
     Mutant(
         "gemm: wrong lane for a row of the result",
         _DENSE,
-        "i * 16 + lane / 4 + e / 2 * 8",
-        "i * 16 + lane % 4 + e / 2 * 8",
+        "staged[(lane / 4 + e / 2 * 8)",
+        "staged[(lane % 4 + e / 2 * 8)",
     ),
     Mutant(
         "gemm: wrong lane for a fragment of the weights",
@@ -81,6 +81,59 @@ MUTANTS = (
         "    if ((k0 + kDepth)",
     ),
     Mutant("gemm_f32: the last chain is lost", _DENSE, " || k0 + kDepth >= k)", ")"),
+    Mutant(
+        "dense_rows: a word of the weights in another's place",
+        _ROWS,
+        "{upper.x, lower.x, upper.y, lower.y}",
+        "{upper.x, lower.x, upper.z, lower.y}",
+    ),
+    Mutant("dense_rows: unmasked tail of k", _ROWS, "in_k = k0 + t * 8 < k;  // k", "in_k = true;  // k"),
+    Mutant(
+        "dense_rows: weights of the next chunk, too early",
+        _ROWS,
+        "fetch(weights[u], k0 + kAhead * kWarps * kChunk);",
+        "fetch(weights[u], k0 + kWarps * kChunk);",
+    ),
+    Mutant(
+        "dense_rows: no barrier before the warps' sums are added",
+        _ROWS,
+        "  __syncthreads();\n  for (int i = thread; i < kColumns * m",
+        "  for (int i = thread; i < kColumns * m",
+    ),
+    Mutant(
+        "dense_rows: wrong lane for a row of the result", _ROWS, "8 * j + 2 * t + e % 2", "8 * j + t + e % 2"
+    ),
+    Mutant("dense_rows: the last warp's sum is lost", _ROWS, "v < kWarps; ++v", "v < kWarps - 1; ++v"),
+    Mutant(
+        "dense_rows: no barrier after the norm",
+        _ROWS,
+        "    }\n    __syncthreads();\n  }\n  const T* rows_of_x",
+        "    }\n  }\n  const T* rows_of_x",
+    ),
+    Mutant(
+        "dense_rows: never waits for the kernel before",
+        _ROWS,
+        "  start_after_previous();\n",
+        "",
+    ),
+    Mutant(
+        "dense: keys and values change places",
+        "cuda/dense.cuh",
+        "is_value ? cache.values : cache.keys",
+        "is_value ? cache.keys : cache.values",
+    ),
+    Mutant(
+        "cuBLASLt: the residual is overwritten",
+        "cuda/blas.cu",
+        "result.output == Output::add ? 1.0f : 0.0f",
+        "0.0f",
+    ),
+    Mutant(
+        "cuBLASLt: a bias of another type",
+        "cuda/blas.cu",
+        "result.output == Output::act ? layer.bias_act : layer.bias",
+        "layer.bias",
+    ),
     Mutant("gemv: every value twice", _DENSE, "i < k; i += 256)", "i < k; i += 128)"),
     Mutant("gemv: a row too far", _DENSE, "(r < m ? r : m - 1) * k", "(r < m ? r : m) * k", sanitized=True),
     Mutant("dense: the residual is overwritten", "cuda/dense.cuh", "[i] += y;", "[i] = y;"),
@@ -181,7 +234,7 @@ MUTANTS = (
     ),
     Mutant("write_kv: a channel of int8 in another's byte", _ATTENTION, "<< (i % 4 * 8);", "<< (i % 2 * 8);"),
     Mutant(
-        "layer_norm: scratch is overwritten while it is read",
+        "block_sum: scratch is overwritten while it is read",
         "cuda/device.h",
         "total += scratch[i];\n  __syncthreads();\n",
         "total += scratch[i];\n",

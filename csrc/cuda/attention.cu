@@ -44,6 +44,7 @@ template <class T, class KV>
 __global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 6 : 7)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
+  start_after_previous();
   PYENGINE_SHARED(q, float[kMaxHeadDim]);
   PYENGINE_SHARED(weights, float[kSegment]);
   PYENGINE_SHARED(scratch, float[kDecodeThreads / 32]);
@@ -127,6 +128,7 @@ template <class T>
 __global__ void __launch_bounds__(64)
     merge_segments(const float* partial, Tokens tokens, const int32_t* single, int head_dim,
                    int segments, T* out) {
+  start_after_previous();
   const int64_t token = single[blockIdx.x];
   const int64_t place = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   const float* parts = partial + place * segments * (head_dim + 2);
@@ -154,6 +156,7 @@ template <class T, class KV>
 __global__ void __launch_bounds__(128)
     prefill_attention_f32(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<KV> cache,
                           float scale, T* out) {
+  start_after_previous();
   PYENGINE_SHARED(weights, float4[4][kKeys]);  // of a warp's four queries, by key
   PYENGINE_DYNAMIC_SHARED(memory);
   const int head_dim = cache.head_dim, head = static_cast<int>(blockIdx.y);
@@ -256,6 +259,7 @@ template <class T, int head_dim>
 __global__ void __launch_bounds__(128, 1)
     prefill_attention(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<T> cache,
                       float scale, T* out) {
+  start_after_previous();
   constexpr int kPitch = head_dim + 8;  // 16 bytes more: eight rows lie in 32 different banks
   constexpr int kVectors = head_dim / 8, kDepth = head_dim / 16;
   PYENGINE_DYNAMIC_SHARED(memory);
@@ -398,6 +402,7 @@ template <class T, class KV>
 __global__ void __launch_bounds__(128)
     write_kv_kernel(const T* qkv, Tokens tokens, int n_head, int head_dim, KV* keys, KV* values,
                     float* key_scales, float* value_scales) {
+  start_after_previous();
   const int64_t t = blockIdx.x, channels = int64_t{n_head} * head_dim;
   const int position = tokens.positions[t];
   const int64_t block =

@@ -1,5 +1,6 @@
-// Dense layers y = x w^T: one to eight rows (decoding) are bound by reading the weights, more rows
-// by arithmetic.
+// Dense layers y = x w^T. Few rows (decoding) are bound by reading the weights, many by arithmetic.
+// In float16 and bfloat16 few rows are csrc/cuda/dense_rows.cu's.
+#include "cuda/blas.h"
 #include "cuda/dense.cuh"
 #include "cuda/tensor_core.h"
 
@@ -7,21 +8,22 @@ namespace pyengine::cuda {
 
 namespace {
 
-// A warp per output column, whose weights its lanes read 8 at a time, 256 in a row. A row's sum has
-// the same order whatever the number of rows.
+// float32, one to eight rows: a warp per output column, whose weights its lanes read 8 at a time,
+// 256 in a row. A row's sum has the same order whatever the number of rows.
 // For `rows` or fewer: m of them.
-// Budget of gemv_kernel<*, [12]>: 128 threads, 72 registers; LDG.128
-// Budget of gemv_kernel<*, 4>: 128 threads, 80 registers; LDG.128
-// Budget of gemv_kernel<*, 8>: 128 threads, 128 registers; LDG.128
+// Budget of gemv_f32_kernel<[12]>: 128 threads, 72 registers; LDG.128
+// Budget of gemv_f32_kernel<4>: 128 threads, 80 registers; LDG.128
+// Budget of gemv_f32_kernel<8>: 128 threads, 128 registers; LDG.128
 // Blocks per multiprocessor: as many as leave the registers that so many rows need.
 constexpr int gemv_blocks(int rows) { return rows <= 2 ? 7 : rows == 4 ? 6 : 4; }
-template <class T, int rows>
+template <int rows>
 __global__ void __launch_bounds__(128, gemv_blocks(rows))
-    gemv_kernel(const T* x, const T* w, int m, int64_t k, Epilogue<T> epilogue) {
+    gemv_f32_kernel(const float* x, const float* w, int m, int64_t k, Epilogue<float> epilogue) {
+  start_after_previous();
   const int64_t column = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (column >= epilogue.n) return;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const T* weights = w + column * k;
+  const float* weights = w + column * k;
   float sum[rows] = {};
   for (int64_t i = lane * 8; i < k; i += 256) {
     float a[8];
@@ -34,11 +36,13 @@ __global__ void __launch_bounds__(128, gemv_blocks(rows))
       for (int j = 0; j < 8; ++j) sum[r] += a[j] * b[j];
     }
   }
+  float mine = 0;  // lane r's is row r's
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
     const float total = warp_sum(sum[r]);
-    if (lane == r && r < m) epilogue.store(r, column, total);
+    if (lane == r) mine = total;
   }
+  if (lane < m) epilogue.store(lane, column, mine);
 }
 
 // float32: tiles of 64 rows by 64 columns, 16 sums per thread; k in chains of 256 that are added in
@@ -47,6 +51,7 @@ __global__ void __launch_bounds__(128, gemv_blocks(rows))
 constexpr int kTile = 64, kDepth = 16;
 __global__ void __launch_bounds__(256) gemm_f32_kernel(const float* x, const float* w, int64_t m,
                                                        int64_t k, Epilogue<float> epilogue) {
+  start_after_previous();
   PYENGINE_SHARED(xs, float[kDepth][kTile + 4]);
   PYENGINE_SHARED(ws, float[kDepth][kTile + 4]);
   const int64_t row0 = int64_t{blockIdx.y} * kTile, column0 = int64_t{blockIdx.x} * kTile;
@@ -108,7 +113,7 @@ __global__ void __launch_bounds__(256) gemm_f32_kernel(const float* x, const flo
 // Budget of gemm_kernel<*, 64, 64, 4>: 128 threads, 128 registers; HMMA LDSM LDGSTS.128
 // Budget of gemm_kernel<*, 128, 128, 8>: 256 threads, 128 registers; HMMA LDSM LDGSTS.128
 // Budget of gemm_kernel<*, 128, 128, 8> on 75: 256 threads, 136 registers; HMMA LDSM
-constexpr int kStages = 3, kTileK = 32, kPitch = kTileK + 8;
+constexpr int kStages = 3, kTileK = 32, kPitch = kTileK + 8, kStagedPitch = 32 + 4;
 template <class T, int kRows, int kColumns, int kWarps>
 __global__ void __launch_bounds__(kWarps * 32)
     gemm_kernel(const T* x, const T* w, int64_t m, int64_t k, Epilogue<T> epilogue) {
@@ -116,6 +121,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   constexpr int kWarpRows = kRows / 2, kWarpColumns = kColumns / (kWarps / 2);
   constexpr int kM = kWarpRows / 16, kN = kWarpColumns / 8;
   constexpr int kStage = (kRows + kColumns) * kPitch;
+  start_after_previous();
   PYENGINE_DYNAMIC_SHARED(memory);
   T* const tiles = reinterpret_cast<T*>(memory);
   const int64_t row0 = int64_t{blockIdx.y} * kRows, column0 = int64_t{blockIdx.x} * kColumns;
@@ -171,61 +177,98 @@ __global__ void __launch_bounds__(kWarps * 32)
     }
   }
   copy_async_wait<0>();
+  __syncthreads();  // nobody reads the tiles any more
+  // 16 rows at a time go through shared memory, so that a warp stores whole rows of its columns.
+  static_assert(kWarpColumns == 32, "a lane per column");
+  float* const staged = reinterpret_cast<float*>(memory) + warp * 16 * kStagedPitch;
+  const int64_t column = column0 + warp_column + lane;
 #pragma unroll
   for (int i = 0; i < kM; ++i) {
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int64_t row = row0 + warp_row + i * 16 + lane / 4 + e / 2 * 8;
-        const int64_t column = column0 + warp_column + j * 8 + lane % 4 * 2 + e % 2;
-        if (row < m && column < epilogue.n) epilogue.store(row, column, sum[i][j][e]);
+        staged[(lane / 4 + e / 2 * 8) * kStagedPitch + j * 8 + lane % 4 * 2 + e % 2] = sum[i][j][e];
       }
     }
+    __syncwarp();
+#pragma unroll 1
+    for (int r = 0; r < 16; ++r) {
+      const int64_t row = row0 + warp_row + i * 16 + r;
+      if (row < m && column < epilogue.n)
+        epilogue.store(row, column, staged[r * kStagedPitch + lane]);
+    }
+    __syncwarp();
   }
 }
 
-template <class T, int rows>
-void gemv(Stream& stream, const T* x, const T* w, int m, int64_t k, const Epilogue<T>& epilogue) {
-  launch("gemv", stream, gemv_kernel<T, rows>, blocks_of(epilogue.n, 4), 128, 0, x, w, m, k,
-         epilogue);
+template <int rows>
+void gemv(Stream& stream, const float* x, int m, const Dense& layer,
+          const Epilogue<float>& epilogue) {
+  launch("gemv_f32", stream, gemv_f32_kernel<rows>, blocks_of(layer.n, 4), 128, 0, x,
+         static_cast<const float*>(layer.weight), m, layer.k, epilogue);
 }
 
 template <class T, int kRows, int kColumns, int kWarps>
-void gemm(Stream& stream, const T* x, const T* w, int64_t m, int64_t k,
-          const Epilogue<T>& epilogue) {
+void gemm(Stream& stream, const T* x, int m, const Dense& layer, const Epilogue<T>& epilogue) {
   launch("gemm", stream, gemm_kernel<T, kRows, kColumns, kWarps>,
-         dim3(blocks_of(epilogue.n, kColumns), blocks_of(m, kRows)), kWarps * 32,
-         kStages * (kRows + kColumns) * kPitch * sizeof(T), x, w, m, k, epilogue);
+         dim3(blocks_of(layer.n, kColumns), blocks_of(m, kRows)), kWarps * 32,
+         kStages * (kRows + kColumns) * kPitch * sizeof(T), x, static_cast<const T*>(layer.weight),
+         int64_t{m}, layer.k, epilogue);
 }
 
-void many_rows(Stream& stream, const float* x, const float* w, int64_t m, int64_t k,
-               const Epilogue<float>& epilogue) {
-  launch("gemm_f32", stream, gemm_f32_kernel,
-         dim3(blocks_of(epilogue.n, kTile), blocks_of(m, kTile)), 256, 0, x, w, m, k, epilogue);
+void compute(Stream& stream, const float* x, int m, const Dense& layer,
+             const Epilogue<float>& epilogue) {
+  if (m > kFewRowsF32) {
+    return launch("gemm_f32", stream, gemm_f32_kernel,
+                  dim3(blocks_of(layer.n, kTile), blocks_of(m, kTile)), 256, 0, x,
+                  static_cast<const float*>(layer.weight), int64_t{m}, layer.k, epilogue);
+  }
+  if (m > 4) return gemv<8>(stream, x, m, layer, epilogue);
+  if (m > 2) return gemv<4>(stream, x, m, layer, epilogue);
+  if (m > 1) return gemv<2>(stream, x, m, layer, epilogue);
+  gemv<1>(stream, x, m, layer, epilogue);
 }
+
 template <class T>
-void many_rows(Stream& stream, const T* x, const T* w, int64_t m, int64_t k,
-               const Epilogue<T>& epilogue) {
+void compute(Stream& stream, const T* x, int m, const Dense& layer, const Epilogue<T>& epilogue) {
+  if (m <= kFewRows) return dense_rows(stream, x, nullptr, m, layer, epilogue);
   // Small products are cut finer, so that more multiprocessors have something to do.
-  if (m > 128) return gemm<T, 128, 128, 8>(stream, x, w, m, k, epilogue);
-  gemm<T, 64, 64, 4>(stream, x, w, m, k, epilogue);
+  if (m > 128) return gemm<T, 128, 128, 8>(stream, x, m, layer, epilogue);
+  gemm<T, 64, 64, 4>(stream, x, m, layer, epilogue);
 }
 
 }  // namespace
 
-void dense(Stream& stream, const void* x, DType act, int num_rows, const void* w, int64_t k,
-           int64_t n, const float* bias, ops::Activation activation, Output output, void* out) {
+void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, const Dense& layer,
+           const DenseResult& result) {
+  const bool few = num_rows <= (act == DType::f32 ? kFewRowsF32 : kFewRows);
+  if (!few && blas != nullptr) {
+    if (Blas::can(result)) return blas->dense(stream, x, act, num_rows, layer, result);
+    if (result.output == Output::qkv) {
+      DenseResult all = result;
+      all.output = Output::act;
+      blas->dense(stream, x, act, num_rows, layer, all);
+      return write_kv(stream, result.out, act, result.tokens, result.cache);
+    }
+  }
   with_type(act, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto* xs = static_cast<const T*>(x);
-    const auto* ws = static_cast<const T*>(w);
-    const Epilogue<T> epilogue{bias, activation, output, out, n};
-    if (num_rows > kGemvRows) return many_rows(stream, xs, ws, num_rows, k, epilogue);
-    if (num_rows > 4) return gemv<T, 8>(stream, xs, ws, num_rows, k, epilogue);
-    if (num_rows > 2) return gemv<T, 4>(stream, xs, ws, num_rows, k, epilogue);
-    if (num_rows > 1) return gemv<T, 2>(stream, xs, ws, num_rows, k, epilogue);
-    gemv<T, 1>(stream, xs, ws, num_rows, k, epilogue);
+    compute(stream, static_cast<const T*>(x), num_rows, layer, Epilogue<T>(layer, result));
+  });
+}
+
+void dense_of_norm(Stream& stream, Blas* blas, const float* x, const Norm& norm, void* normed,
+                   DType act, int num_rows, const Dense& layer, const DenseResult& result) {
+  if (num_rows > kNormedRows || act == DType::f32 || layer.k > kNormedChannels) {
+    layer_norm(stream, x, nullptr, num_rows, static_cast<int>(layer.k), norm, normed, act);
+    return dense(stream, blas, normed, act, num_rows, layer, result);
+  }
+  with_type(act, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (sizeof(T) == 2) {
+      dense_rows(stream, x, &norm, num_rows, layer, Epilogue<T>(layer, result));
+    }
   });
 }
 

@@ -24,23 +24,56 @@ __device__ inline float activate(float x, ops::Activation activation) {
 template <class T>
 struct Epilogue {
   const float* bias;  // (N,) or null
-  ops::Activation activation;
-  Output output;
-  void* out;  // (R, N)
   int64_t n;
+  DenseResult result;
+
+  Epilogue(const Dense& layer, const DenseResult& result)
+      : bias(layer.bias), n(layer.n), result(result) {}
 
   __device__ void store(int64_t row, int64_t column, float sum) const {
     float y = bias != nullptr ? sum + bias[column] : sum;
-    y = activate(y, activation);
+    y = activate(y, result.activation);
     const int64_t i = row * n + column;
-    if (output == Output::act) {
-      static_cast<T*>(out)[i] = narrowed<T>(y);
-    } else if (output == Output::f32) {
-      static_cast<float*>(out)[i] = y;
-    } else {
-      static_cast<float*>(out)[i] += y;
+    switch (result.output) {
+      case Output::act:
+        static_cast<T*>(result.out)[i] = narrowed<T>(y);
+        break;
+      case Output::f32:
+        static_cast<float*>(result.out)[i] = y;
+        break;
+      case Output::add:
+        static_cast<float*>(result.out)[i] += y;
+        break;
+      case Output::qkv:
+        store_qkv(row, static_cast<int>(column), narrowed<T>(y));
+        break;
     }
   }
+
+  __device__ void store_qkv(int64_t row, int column, T y) const {
+    const Tokens& tokens = result.tokens;
+    const KVLayer& cache = result.cache;
+    const int channels = cache.n_head * cache.head_dim;
+    if (column < channels) {
+      static_cast<T*>(result.out)[row * n + column] = y;
+      return;
+    }
+    const bool is_value = column >= 2 * channels;
+    const int channel = column - (is_value ? 2 * channels : channels);
+    const int head = channel / cache.head_dim, position = tokens.positions[row];
+    const int64_t block = tokens.block_table[int64_t{tokens.sequence[row]} * tokens.max_blocks +
+                                             position / kBlockTokens];
+    const int64_t slot = (block * cache.n_head + head) * kBlockTokens + position % kBlockTokens;
+    T* const to = static_cast<T*>(is_value ? cache.values : cache.keys);
+    to[slot * cache.head_dim + channel - head * cache.head_dim] = y;
+  }
 };
+
+// Up to kFewRows rows of f16 or bf16; of layer_norm(x) if `norm` is not null, for which x is f32
+// with at most kNormedRows rows of kNormedChannels. csrc/cuda/dense_rows.cu
+constexpr int kNormedRows = 8, kNormedChannels = 2048;
+template <class T>
+void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
+                const Epilogue<T>& epilogue);
 
 }  // namespace pyengine::cuda

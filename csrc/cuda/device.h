@@ -190,14 +190,29 @@ __device__ inline float block_max(float x, float* scratch) {
   return best;
 }
 
+// Every thread of every kernel calls this once before it touches what kernels before it have
+// written, or writes. From compute capability 9.0 on, a kernel's blocks are put in place while the
+// kernel before still runs (programmatic dependent launch): what comes before the call, as reading
+// weights, overlaps with it. As each kernel waits for the whole kernel before it, order stays.
+__device__ inline void start_after_previous() {
+#if defined(PYENGINE_CUDA_SIM)
+  sim::wait_for_previous();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Queues a kernel. Throws InternalError naming it where the device refuses the launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, Stream& stream, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             size_t shared_bytes, Arguments... arguments) {
 #if defined(PYENGINE_CUDA_SIM)
   sim::enqueue(stream.get(), [=] {
-    sim::run_grid(name, grid, block, shared_bytes,
-                  [&] { kernel(static_cast<Parameters>(arguments)...); });
+    sim::run_grid(name, grid, block, shared_bytes, [&] {
+      kernel(static_cast<Parameters>(arguments)...);
+      sim::require_waited();
+    });
   });
 #else
   constexpr size_t kWithoutAsking = 48 * 1024;
@@ -206,8 +221,17 @@ void launch(const char* name, Stream& stream, void (*kernel)(Parameters...), dim
                                          static_cast<int>(shared_bytes)),
                     name);
   }
-  kernel<<<grid, block, shared_bytes, stream.get()>>>(static_cast<Parameters>(arguments)...);
-  require_success(cudaGetLastError(), name);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream.get();
+  config.attrs = &overlap;
+  config.numAttrs = stream.overlaps() ? 1 : 0;
+  require_success(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 #endif
 }
 

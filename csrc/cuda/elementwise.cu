@@ -1,6 +1,7 @@
 // Embedding, layer norm, conversion of weights, copies of KV blocks: a value is read once and
 // written once, 16 bytes at a time. Bound by memory.
 #include "cuda/kernels.h"
+#include "cuda/norm.cuh"
 #include "cuda/types.h"
 
 namespace pyengine::cuda {
@@ -13,6 +14,7 @@ template <class T>
 __global__ void __launch_bounds__(128)
     embed_kernel(const int32_t* ids, const int32_t* positions, const T* wte, const T* wpe,
                  int channels, float* x) {
+  start_after_previous();
   const int64_t t = blockIdx.x;
   const T* token = wte + int64_t{ids[t]} * channels;
   const T* position = wpe + int64_t{positions[t]} * channels;
@@ -26,43 +28,18 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// A block per row, which goes over it three times: mean, variance, result. The second and third
-// time it comes from the cache next to the multiprocessor.
-// Budget of layer_norm_kernel<*>: 128 threads, 56 registers, 16 bytes shared; LDG.128 STG.128
+// A warp per row.
+// Budget of layer_norm_kernel<*>: 128 threads, 56 registers; LDG.128 STG.128
 template <class T>
 __global__ void __launch_bounds__(128)
-    layer_norm_kernel(const float* x, const int32_t* rows, int channels, const float* gain,
-                      const float* bias, float eps, T* out) {
-  PYENGINE_SHARED(scratch, float[4]);
-  const int64_t r = blockIdx.x;
+    layer_norm_kernel(const float* x, const int32_t* rows, int num_rows, int channels, Norm norm,
+                      T* out) {
+  start_after_previous();
+  const int64_t r = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  if (r >= num_rows) return;
   const float* row = x + (rows != nullptr ? int64_t{rows[r]} : r) * channels;
-  const int first = static_cast<int>(threadIdx.x) * 8;
-  float sum = 0;
-  for (int c = first; c < channels; c += 128 * 8) {
-    float v[8];
-    load8(row + c, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += v[i];
-  }
-  const float mean = block_sum(sum, scratch) / static_cast<float>(channels);
-  float squares = 0;
-  for (int c = first; c < channels; c += 128 * 8) {
-    float v[8];
-    load8(row + c, v);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) squares += (v[i] - mean) * (v[i] - mean);
-  }
-  const float variance = block_sum(squares, scratch) / static_cast<float>(channels);
-  const float inverse = 1.0f / sqrtf(variance + eps);
-  for (int c = first; c < channels; c += 128 * 8) {
-    float v[8], g[8], b[8];
-    load8(row + c, v);
-    load8(gain + c, g);
-    load8(bias + c, b);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = (v[i] - mean) * inverse * g[i] + b[i];
-    store8(out + r * channels + c, v);
-  }
+  normalise_row(row, channels, norm, static_cast<int>(threadIdx.x) % 32,
+                [&](int c, const float (&v)[8]) { store8(out + r * channels + c, v); });
 }
 
 // 32 x 32 tiles; transposed in shared memory, whose rows are one longer so that a column lies in
@@ -71,6 +48,7 @@ __global__ void __launch_bounds__(128)
 template <class From, class To>
 __global__ void __launch_bounds__(256)
     convert_weight_kernel(const From* src, bool transpose, int64_t n, int64_t k, To* dst) {
+  start_after_previous();
   PYENGINE_SHARED(tile, float[32][33]);
   const int64_t n0 = int64_t{blockIdx.y} * 32, k0 = int64_t{blockIdx.x} * 32;
   const int x = static_cast<int>(threadIdx.x) % 32, y = static_cast<int>(threadIdx.x) / 32;
@@ -91,6 +69,7 @@ __global__ void __launch_bounds__(256)
 // Budget of copy_blocks_kernel: 128 threads, 40 registers; LDG.128 STG.128
 __global__ void __launch_bounds__(128)
     copy_blocks_kernel(uint4* blocks, int64_t block_words, const int32_t* pairs) {
+  start_after_previous();
   const uint4* from = blocks + block_words * pairs[2 * blockIdx.x];
   uint4* to = blocks + block_words * pairs[2 * blockIdx.x + 1];
   const int64_t step = int64_t{gridDim.y} * 128;
@@ -111,11 +90,11 @@ void embed(Stream& stream, const Tokens& tokens, const void* wte, const void* wp
 }
 
 void layer_norm(Stream& stream, const float* x, const int32_t* rows, int num_rows, int channels,
-                const float* gain, const float* bias, float eps, void* out, DType act) {
+                const Norm& norm, void* out, DType act) {
   with_type(act, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch("layer_norm", stream, layer_norm_kernel<T>, num_rows, 128, 0, x, rows, channels, gain,
-           bias, eps, static_cast<T*>(out));
+    launch("layer_norm", stream, layer_norm_kernel<T>, blocks_of(num_rows, 4), 128, 0, x, rows,
+           num_rows, channels, norm, static_cast<T*>(out));
   });
 }
 

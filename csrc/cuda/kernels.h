@@ -55,17 +55,46 @@ void convert_weight(Stream& stream, const void* src, DType from, bool transpose,
 void embed(Stream& stream, const Tokens& tokens, const void* wte, const void* wpe, DType act,
            int channels, float* x);
 
+class Blas;
+
+struct Norm {
+  const float *gain = nullptr, *bias = nullptr;  // (C,)
+  float eps = 0;
+};
+
 // ops::layer_norm; out (R, C) of act
 void layer_norm(Stream& stream, const float* x, const int32_t* rows, int num_rows, int channels,
-                const float* gain, const float* bias, float eps, void* out, DType act);
+                const Norm& norm, void* out, DType act);
 
-enum class Output { act, f32, add };  // out = y; out = y, f32; out += y, f32
+struct Dense {
+  const void* weight = nullptr;    // (N, K) act
+  const float* bias = nullptr;     // (N,) or null
+  const void* bias_act = nullptr;  // the same of act, for cuBLASLt
+  int64_t k = 0, n = 0;
+};
 
-// y = activation(x w + bias); x (R, K) act; w (N, K) act; bias (N,) or null; out (R, N).
-// Up to kGemvRows rows read the weights once and are reduced alike, whatever their number.
-constexpr int kGemvRows = 8;
-void dense(Stream& stream, const void* x, DType act, int num_rows, const void* w, int64_t k,
-           int64_t n, const float* bias, ops::Activation activation, Output output, void* out);
+// What becomes of y: out = y of act; out = y, f32; out += y, f32; `qkv`: queries to the first
+// columns of out (R, 3C) act, keys and values to their slots of the cache.
+enum class Output { act, f32, add, qkv };
+struct DenseResult {
+  Output output = Output::act;
+  void* out = nullptr;
+  ops::Activation activation = ops::Activation::none;
+  // of qkv: the tokens' slots, in a cache of act
+  Tokens tokens = {};
+  KVLayer cache = {};
+};
+
+// y = activation(x w + bias); x (R, K) act; out (R, N). Up to kFewRows rows (kFewRowsF32 in
+// float32) read the weights once and are reduced alike, whatever their number. More rows are
+// cuBLASLt's where it can (csrc/cuda/blas.h), if `blas` is not null.
+constexpr int kFewRows = 64, kFewRowsF32 = 8;
+void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, const Dense& layer,
+           const DenseResult& result);
+
+// The same of layer_norm(x); x (R, K) f32; `normed` (R, K) act is scratch.
+void dense_of_norm(Stream& stream, Blas* blas, const float* x, const Norm& norm, void* normed,
+                   DType act, int num_rows, const Dense& layer, const DenseResult& result);
 
 // Keys and values of qkv (T, 3C) act to their slots.
 void write_kv(Stream& stream, const void* qkv, DType act, const Tokens& tokens,

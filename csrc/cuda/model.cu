@@ -7,6 +7,7 @@
 
 #include "core/errors.h"
 #include "cuda/backend.h"
+#include "cuda/blas.h"
 #include "cuda/kernels.h"
 
 namespace pyengine::cuda {
@@ -84,14 +85,6 @@ class Model final : public Backend {
   float* logits(int32_t first, int32_t n) override;
 
  private:
-  struct Dense {
-    const void* weight = nullptr;  // (N, K) act
-    const float* bias = nullptr;   // (N,)
-    int64_t k = 0, n = 0;
-  };
-  struct Norm {
-    const float *gain = nullptr, *bias = nullptr;
-  };
   struct Layer {
     Norm ln_1, ln_2;
     Dense c_attn, attn_c_proj, c_fc, mlp_c_proj;
@@ -114,21 +107,12 @@ class Model final : public Backend {
   Step prepare(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows);
   void reserve(const Step& step);
   void forward(const Step& step);
-  void apply(const void* x, int rows, const Dense& dense, ops::Activation activation, Output output,
-             void* out) {
-    cuda::dense(stream_, x, act_, rows, dense.weight, dense.k, dense.n, dense.bias, activation,
-                output, out);
-  }
-  void norm(const float* x, const int32_t* rows, int n, const Norm& norm) {
-    layer_norm(stream_, x, rows, n, config_.n_embd, norm.gain, norm.bias,
-               config_.layer_norm_epsilon, h_, act_);
-  }
-
   BackendDevice device_;
   GPT2Config config_;
   DType act_, kv_;
   int32_t num_blocks_;
   Stream stream_;
+  std::unique_ptr<Blas> blas_ = Blas::open();
   std::vector<DeviceBuffer> owned_;
   DeviceBuffer staging_;  // of tensors on their way, while loading
 
@@ -201,13 +185,17 @@ void Model::load(const std::map<std::string, TensorView>& tensors) {
     return static_cast<const float*>(convert(name, false, 1, n, DType::f32));
   };
   auto norm = [&](const std::string& name) {
-    return Norm{vector(name + ".weight", config_.n_embd), vector(name + ".bias", config_.n_embd)};
+    return Norm{vector(name + ".weight", config_.n_embd), vector(name + ".bias", config_.n_embd),
+                config_.layer_norm_epsilon};
   };
   auto conv1d = [&](const std::string& name, int64_t k, int64_t n) {
     if (tensors.count(name + ".scale") != 0) {
       throw ConfigError("the weights are quantised, which the CUDA back end does not compute with");
     }
-    return Dense{convert(name + ".weight", true, n, k, act_), vector(name + ".bias", n), k, n};
+    const void* weight = convert(name + ".weight", true, n, k, act_);
+    const float* bias = vector(name + ".bias", n);
+    const bool same = act_ == DType::f32 || blas_ == nullptr;
+    return Dense{weight, bias, same ? bias : convert(name + ".bias", false, 1, n, act_), k, n};
   };
   const int64_t channels = config_.n_embd, inner = config_.n_inner;
   for (int32_t i = 0; i < config_.n_layer; ++i) {
@@ -227,7 +215,7 @@ void Model::load(const std::map<std::string, TensorView>& tensors) {
   const void* head = tensors.count("lm_head.weight") != 0
                          ? convert("lm_head.weight", false, config_.vocab_size, channels, act_)
                          : wte_;
-  head_ = {head, nullptr, channels, config_.vocab_size};
+  head_ = {head, nullptr, nullptr, channels, config_.vocab_size};
 }
 
 void Model::allocate_cache() {
@@ -313,16 +301,24 @@ void Model::forward(const Step& step) {
     const Layer& layer = layers_[i];
     float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;
     if (config_.scale_attn_by_inverse_layer_idx) scale /= static_cast<float>(i + 1);
-    norm(x_, nullptr, n, layer.ln_1);
-    apply(h_, n, layer.c_attn, ops::Activation::none, Output::act, qkv_);
-    write_kv(stream_, qkv_, act_, tokens, layer.cache);
+    // An int8 cache wants the largest magnitude of each row, for which all of it must be there.
+    const bool writes_kv = kv_ == act_;
+    DenseResult qkv;
+    qkv.output = writes_kv ? Output::qkv : Output::act;
+    qkv.out = qkv_;
+    qkv.tokens = tokens;
+    qkv.cache = layer.cache;
+    dense_of_norm(stream_, blas_.get(), x_, layer.ln_1, h_, act_, n, layer.c_attn, qkv);
+    if (!writes_kv) write_kv(stream_, qkv_, act_, tokens, layer.cache);
     attention(stream_, qkv_, act_, tokens, plan, layer.cache, scale, attn_);
-    apply(attn_, n, layer.attn_c_proj, ops::Activation::none, Output::add, x_);
-    norm(x_, nullptr, n, layer.ln_2);
-    apply(h_, n, layer.c_fc, config_.activation, Output::act, ff_);
-    apply(ff_, n, layer.mlp_c_proj, ops::Activation::none, Output::add, x_);
+    dense(stream_, blas_.get(), attn_, act_, n, layer.attn_c_proj, {Output::add, x_});
+    dense_of_norm(stream_, blas_.get(), x_, layer.ln_2, h_, act_, n, layer.c_fc,
+                  {Output::act, ff_, config_.activation});
+    dense(stream_, blas_.get(), ff_, act_, n, layer.mlp_c_proj, {Output::add, x_});
   }
-  if (step.num_rows > 0) norm(x_, step.rows, step.num_rows, ln_f_);
+  if (step.num_rows > 0) {
+    layer_norm(stream_, x_, step.rows, step.num_rows, config_.n_embd, ln_f_, h_, act_);
+  }
 }
 
 void Model::run(const ops::RaggedBatch& batch, const int32_t* block_copies, int32_t num_copies,
@@ -373,7 +369,7 @@ float* Model::logits(int32_t first, int32_t n) {
   if (host_logits_.size() < bytes) host_logits_ = PinnedBuffer(bytes);
   const auto* h = static_cast<const std::byte*>(h_) +
                   static_cast<int64_t>(first) * config_.n_embd * size_of(act_);
-  apply(h, n, head_, ops::Activation::none, Output::f32, out);
+  dense(stream_, blas_.get(), h, act_, n, head_, {Output::f32, out});
   stream_.download(host_logits_.data(), out, bytes);
   stream_.wait();
   return static_cast<float*>(host_logits_.data());

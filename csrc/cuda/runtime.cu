@@ -60,6 +60,14 @@ DeviceInfo open_device() {
   return info;
 }
 
+Stream::Stream() {
+  require_success(cudaStreamCreate(&stream_), "creating a stream");
+  int major = 0;
+  require_success(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0),
+                  "reading the properties of device 0");
+  overlaps_ = major >= 9;
+}
+
 void Stream::upload(void* device, const void* host, size_t bytes) {
   require_success(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
                   "copying to the device");

@@ -40,12 +40,13 @@ DeviceInfo open_device();
 
 class Stream {
  public:
-  Stream() { require_success(cudaStreamCreate(&stream_), "creating a stream"); }
+  Stream();
   ~Stream() { cudaStreamDestroy(stream_); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
   cudaStream_t get() const { return stream_; }
+  bool overlaps() const { return overlaps_; }  // may a kernel start before the one before has ended
   void wait() { require_success(cudaStreamSynchronize(stream_), "running a step"); }
   // Both return at once; host memory must stay as it is until wait().
   void upload(void* device, const void* host, size_t bytes);
@@ -54,6 +55,7 @@ class Stream {
 
  private:
   cudaStream_t stream_ = nullptr;
+  bool overlaps_ = false;
 };
 
 // Memory of the device. `what` is for the error: "the KV cache", "weights", ...

@@ -51,6 +51,7 @@ struct Thread {
   int line = 0;
   Place place;
   unsigned barriers = 0, warp_barriers = 0;  // passed in this block
+  bool waited = false;                       // for the kernel before
   std::vector<Copy> open_group;
   std::vector<std::vector<Copy>> groups;
   std::unique_ptr<Fiber> fiber;
@@ -229,6 +230,7 @@ void Device::run_block(Dim3 index) {
         {n % block_.x, n / block_.x % block_.y, n / block_.x / block_.y}, index, block_, grid_};
     t.state = State::ready;
     t.barriers = t.warp_barriers = 0;
+    t.waited = false;
     t.groups.clear();
     t.open_group.clear();
     ready_.push_back(&t);
@@ -497,6 +499,12 @@ void copy_async_wait(int groups_left) {
     const Unwatched unwatched;
     groups.erase(groups.begin());
   }
+}
+
+void wait_for_previous() { device().current().waited = true; }
+
+void require_waited() {
+  if (!device().current().waited) throw Fault("a thread never called start_after_previous()");
 }
 
 void poison(void* data, size_t bytes) {

@@ -35,6 +35,7 @@ struct Options {
   size_t shared_limit = 99 * 1024;  // bytes of a block, as on sm_86 and sm_89
   size_t device_memory = size_t{1} << 33;
   int capability = 80, driver = 13000;  // 0: no driver
+  bool cublaslt = true;                 // is installed
 };
 Options& options();
 
@@ -69,6 +70,12 @@ uint32_t ballot(uint32_t mask, bool vote, const char* file, int line);
 void copy_async(void* dst, const void* src, size_t bytes, size_t valid_bytes);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
+
+// The running thread has waited for the kernel before it (start_after_previous of csrc/cuda), and
+// is asked at its end whether it has. Kernels run one after the other here all the same: what one
+// reads too early is not found.
+void wait_for_previous();
+void require_waited();
 
 // Fills memory with the poison pattern.
 void poison(void* data, size_t bytes);

@@ -21,15 +21,15 @@ struct With {
   ~With() { sim::options() = sim::Options(); }
 };
 
+// These kernels run alone, and need not wait for others.
 template <class... P, class... A>
 void run(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... arguments) {
-  Stream stream;
-  launch("kernel", stream, kernel, grid, block, shared, arguments...);
-  stream.wait();
+  sim::run_grid("kernel", grid, block, shared, [&] { kernel(static_cast<P>(arguments)...); });
 }
 
 // Reverses blocks of values through shared memory.
 __global__ void reverse(const int* in, int* out) {
+  start_after_previous();
   PYENGINE_SHARED(values, int[64]);
   const unsigned n = blockDim.x, i = blockIdx.x * n + threadIdx.x;
   values[threadIdx.x] = in[i];
@@ -307,6 +307,13 @@ TEST(streams_run_when_waited_for_and_graphs_again) {
   CHECK_EQ(out[63], 0);
   stream.wait();
   for (int i = 0; i < 64; ++i) CHECK_EQ(out[i], 63 - i);
+}
+
+TEST(a_kernel_that_does_not_wait_for_the_one_before_is_found) {
+  Stream stream;
+  DeviceBuffer buffer(64 * 4, "a test");
+  launch("reverse", stream, reverse_without_barrier, 1, 64, 0, buffer.as<int>(), buffer.as<int>());
+  CHECK_THROWS(stream.wait(), sim::Fault, "never called start_after_previous");
 }
 
 TEST(memory_runs_out_with_the_sizes) {

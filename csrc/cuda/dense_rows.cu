@@ -1,0 +1,176 @@
+// Dense layers of up to 64 rows in float16 and bfloat16: every weight is read once, from memory
+// straight into the registers in which a tensor-core product wants it.
+//
+// The product is y^T = w x^T: 16 columns of y (rows of w) by 8 rows of x, 16 k's at a time. In
+// which order the k's are summed is ours to choose, so lane 4 g + t takes k's [8 t, 8 t + 8) of a
+// chunk of 32 for the eight that two products ask it for: 16 bytes at one place, of w and of x
+// alike, where the layout of the products' fragments has 4 bytes at four places.
+//
+// A block has 16 or 32 columns; its warps take the chunks in turn and their sums are added in the
+// order of the warps. The order of a row's sum depends on K and N alone.
+#include "cuda/dense.cuh"
+#include "cuda/norm.cuh"
+#include "cuda/tensor_core.h"
+
+namespace pyengine::cuda {
+
+namespace {
+
+constexpr int kChunk = 32;
+constexpr int kAhead = 4;  // chunks of each warp that are on their way
+
+// Of a matrix of many columns (the head) each block takes twice as many: x is read half as often.
+constexpr int64_t kManyColumns = 8192;
+__host__ __device__ constexpr int warps_of(int column_tiles) { return column_tiles == 1 ? 8 : 4; }
+
+// Elements from one normed row in shared memory to the next: 64 bytes more than a multiple of 128,
+// so that the 16-byte reads of two rows lie in different banks.
+__host__ __device__ constexpr int norm_pitch(int64_t k) {
+  return static_cast<int>((k + 63) / 64 * 64 + 32);
+}
+
+// x: (m, k) of T, or f32 rows that are to be normed first if kNormed.
+// Shared memory: sums of each warp, [warps][rows][columns + 4]; then normed rows.
+// Budget of dense_rows_kernel<*, [124], 1, 0>: 256 threads, 96 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 1, 1, 1>: 256 threads, 96 registers; HMMA LDG.128 LDS.128
+// Budget of dense_rows_kernel<*, 8, 1, 0>: 256 threads, 144 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, [12], 2, 0>: 128 threads, 136 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 4, 2, 0>: 128 threads, 168 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 8, 2, 0>: 128 threads, 168 registers; HMMA LDG.128
+template <class T, int kRowTiles, int kColumnTiles, bool kNormed>
+__global__ void __launch_bounds__(warps_of(kColumnTiles) * 32)
+    dense_rows_kernel(const void* x, Norm norm, const T* w, int m, int64_t k,
+                      Epilogue<T> epilogue) {
+  constexpr int kWarps = warps_of(kColumnTiles), kColumns = 16 * kColumnTiles;
+  constexpr int kRows = 8 * kRowTiles, kPitch = kColumns + 4;
+  PYENGINE_DYNAMIC_SHARED(memory);
+  float* const sums = reinterpret_cast<float*>(memory);
+  T* const normed = reinterpret_cast<T*>(memory + sizeof(float) * kWarps * kRows * kPitch);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t column0 = int64_t{blockIdx.x} * kColumns;
+
+  const T* rows_of_w[kColumnTiles][2];
+#pragma unroll
+  for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t column = column0 + c * 16 + h * 8 + g;  // beyond the last: the last, not stored
+      rows_of_w[c][h] = w + (column < epilogue.n ? column : epilogue.n - 1) * k + t * 8;
+    }
+  }
+  const uint4 zero = {0, 0, 0, 0};
+  uint4 weights[kAhead][kColumnTiles][2];
+  auto fetch = [&](uint4(&to)[kColumnTiles][2], int64_t k0) {
+    const bool in_k = k0 + t * 8 < k;  // k is a multiple of 8: all of them or none
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        to[c][h] = in_k ? *reinterpret_cast<const uint4*>(rows_of_w[c][h] + k0) : zero;
+      }
+    }
+  };
+  // The weights do not depend on the kernel before; x does.
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) fetch(weights[u], (warp + u * kWarps) * kChunk);
+  start_after_previous();
+
+  const int pitch = kNormed ? norm_pitch(k) : 0;
+  if constexpr (kNormed) {
+    if (warp < m) {
+      normalise_row(static_cast<const float*>(x) + warp * k, static_cast<int>(k), norm, lane,
+                    [&](int c, const float (&v)[8]) { store8(normed + warp * pitch + c, v); });
+    }
+    __syncthreads();
+  }
+  const T* rows_of_x[kRowTiles];
+#pragma unroll
+  for (int j = 0; j < kRowTiles; ++j) {
+    const int row = 8 * j + g < m ? 8 * j + g : m - 1;  // beyond the last: the last, not stored
+    rows_of_x[j] = (kNormed ? normed + row * pitch : static_cast<const T*>(x) + row * k) + t * 8;
+  }
+
+  float sum[kColumnTiles][kRowTiles][4] = {};
+  for (int64_t first = warp * kChunk; first < k; first += kAhead * kWarps * kChunk) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int64_t k0 = first + u * kWarps * kChunk;
+      if (k0 < k) {  // the same for the whole warp
+        const bool in_k = k0 + t * 8 < k;
+#pragma unroll
+        for (int j = 0; j < kRowTiles; ++j) {
+          const uint4 b = in_k ? *reinterpret_cast<const uint4*>(rows_of_x[j] + k0) : zero;
+          const uint32_t low[2] = {b.x, b.y}, high[2] = {b.z, b.w};
+#pragma unroll
+          for (int c = 0; c < kColumnTiles; ++c) {
+            const uint4 upper = weights[u][c][0], lower = weights[u][c][1];
+            const uint32_t a[4] = {upper.x, lower.x, upper.y, lower.y};
+            const uint32_t a_high[4] = {upper.z, lower.z, upper.w, lower.w};
+            mma<T>(sum[c][j], a, low);
+            mma<T>(sum[c][j], a_high, high);
+          }
+        }
+        fetch(weights[u], k0 + kAhead * kWarps * kChunk);
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kRowTiles; ++j) {
+#pragma unroll
+    for (int c = 0; c < kColumnTiles; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = 8 * j + 2 * t + e % 2, column = 16 * c + g + e / 2 * 8;
+        sums[(warp * kRows + row) * kPitch + column] = sum[c][j][e];
+      }
+    }
+  }
+  __syncthreads();
+  for (int i = thread; i < kColumns * m; i += kWarps * 32) {
+    const int row = i / kColumns, column = i % kColumns;
+    if (column0 + column >= epilogue.n) continue;
+    float total = 0;
+#pragma unroll
+    for (int v = 0; v < kWarps; ++v) total += sums[(v * kRows + row) * kPitch + column];
+    epilogue.store(row, column0 + column, total);
+  }
+}
+
+template <class T, int kRowTiles, int kColumnTiles, bool kNormed>
+void run(Stream& stream, const void* x, const Norm& norm, int m, const Dense& layer,
+         const Epilogue<T>& epilogue) {
+  constexpr int kWarps = warps_of(kColumnTiles), kColumns = 16 * kColumnTiles;
+  const size_t shared = sizeof(float) * kWarps * 8 * kRowTiles * (kColumns + 4) +
+                        (kNormed ? sizeof(T) * m * norm_pitch(layer.k) : 0);
+  launch("dense_rows", stream, dense_rows_kernel<T, kRowTiles, kColumnTiles, kNormed>,
+         blocks_of(layer.n, kColumns), kWarps * 32, shared, x, norm,
+         static_cast<const T*>(layer.weight), m, layer.k, epilogue);
+}
+
+template <class T, int kColumnTiles>
+void by_rows(Stream& stream, const void* x, int m, const Dense& layer,
+             const Epilogue<T>& epilogue) {
+  const Norm none;
+  if (m > 32) return run<T, 8, kColumnTiles, false>(stream, x, none, m, layer, epilogue);
+  if (m > 16) return run<T, 4, kColumnTiles, false>(stream, x, none, m, layer, epilogue);
+  if (m > 8) return run<T, 2, kColumnTiles, false>(stream, x, none, m, layer, epilogue);
+  run<T, 1, kColumnTiles, false>(stream, x, none, m, layer, epilogue);
+}
+
+}  // namespace
+
+template <class T>
+void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
+                const Epilogue<T>& epilogue) {
+  if (norm != nullptr) return run<T, 1, 1, true>(stream, x, *norm, num_rows, layer, epilogue);
+  if (layer.n >= kManyColumns) return by_rows<T, 2>(stream, x, num_rows, layer, epilogue);
+  by_rows<T, 1>(stream, x, num_rows, layer, epilogue);
+}
+
+template void dense_rows<f16>(Stream&, const void*, const Norm*, int, const Dense&,
+                              const Epilogue<f16>&);
+template void dense_rows<bf16>(Stream&, const void*, const Norm*, int, const Dense&,
+                               const Epilogue<bf16>&);
+
+}  // namespace pyengine::cuda
