@@ -35,6 +35,7 @@ class Mutant:
 
 
 _DENSE, _ATTENTION, _ROWS = "cuda/dense.cu", "cuda/attention.cu", "cuda/elementwise.cu"
+_DENSE_ROWS = "cuda/dense_rows.cu"
 MUTANTS = (
     Mutant("gemm: no wait for asynchronous copies", _DENSE, "    copy_async_wait<kStages - 2>();\n", ""),
     Mutant(
@@ -83,36 +84,41 @@ MUTANTS = (
     Mutant("gemm_f32: the last chain is lost", _DENSE, " || k0 + kDepth >= k)", ")"),
     Mutant(
         "dense_rows: a word of the weights in another's place",
-        _ROWS,
+        _DENSE_ROWS,
         "{upper.x, lower.x, upper.y, lower.y}",
         "{upper.x, lower.x, upper.z, lower.y}",
     ),
-    Mutant("dense_rows: unmasked tail of k", _ROWS, "in_k = k0 + t * 8 < k;  // k", "in_k = true;  // k"),
+    Mutant(
+        "dense_rows: unmasked tail of k", _DENSE_ROWS, "in_k = k0 + t * 8 < k;  // k", "in_k = true;  // k"
+    ),
     Mutant(
         "dense_rows: weights of the next chunk, too early",
-        _ROWS,
+        _DENSE_ROWS,
         "fetch(weights[u], k0 + kAhead * kWarps * kChunk);",
         "fetch(weights[u], k0 + kWarps * kChunk);",
     ),
     Mutant(
         "dense_rows: no barrier before the warps' sums are added",
-        _ROWS,
+        _DENSE_ROWS,
         "  __syncthreads();\n  for (int i = thread; i < kColumns * m",
         "  for (int i = thread; i < kColumns * m",
     ),
     Mutant(
-        "dense_rows: wrong lane for a row of the result", _ROWS, "8 * j + 2 * t + e % 2", "8 * j + t + e % 2"
+        "dense_rows: wrong lane for a row of the result",
+        _DENSE_ROWS,
+        "8 * j + 2 * t + e % 2",
+        "8 * j + t + e % 2",
     ),
-    Mutant("dense_rows: the last warp's sum is lost", _ROWS, "v < kWarps; ++v", "v < kWarps - 1; ++v"),
+    Mutant("dense_rows: the last warp's sum is lost", _DENSE_ROWS, "v < kWarps; ++v", "v < kWarps - 1; ++v"),
     Mutant(
         "dense_rows: no barrier after the norm",
-        _ROWS,
+        _DENSE_ROWS,
         "    }\n    __syncthreads();\n  }\n  const T* rows_of_x",
         "    }\n  }\n  const T* rows_of_x",
     ),
     Mutant(
         "dense_rows: never waits for the kernel before",
-        _ROWS,
+        _DENSE_ROWS,
         "  start_after_previous();\n",
         "",
     ),
