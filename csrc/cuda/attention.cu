@@ -31,17 +31,17 @@ __device__ inline float scale_of(const float* scales, int64_t row) {
   return sizeof(KV) == 1 ? scales[row] : 1.0f;
 }
 
-constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 128;
+constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 256;
 
-// Grid (singles, heads, segments). Scores: a thread per key, each reading its row 16 bytes at a
-// time. Values: groups of head_dim / 8 threads, each thread with eight channels of every so many-th
-// key. `partial` is null where there is one segment only: the result then goes to `out`.
-// Budget of decode_attention<*>: 128 threads, 72 registers, 6160 bytes shared; LDG.128
-// Budget of decode_attention<*, signed char>: 128 threads, 72 registers, 6160 bytes shared; LDG.64
-// Budget of decode_attention<float, float>: 128 threads, 80 registers, 6160 bytes shared; LDG.128
-// Budget of decode_attention<float, signed char>: 128 threads, 80 registers, 6160 bytes shared
+// Grid (singles, heads, segments). Scores: eight lanes per key, which read its row 16 bytes at a
+// time and side by side. Values: groups of head_dim / 8 threads, each thread with eight channels of
+// every so many-th key. `partial` is null where there is one segment only: the result then goes to
+// `out`.
+// Budget of decode_attention<*>: 256 threads, 80 registers, 10272 bytes shared; LDG.128
+// Budget of decode_attention<*, signed char>: 256 threads, 80 registers, 10272 bytes shared; LDG.64
+// Budget of decode_attention<float, signed char>: 256 threads, 80 registers, 10272 bytes shared
 template <class T, class KV>
-__global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 6 : 7)
+__global__ void __launch_bounds__(kDecodeThreads, 3)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
   start_after_previous();
@@ -64,20 +64,33 @@ __global__ void __launch_bounds__(kDecodeThreads, sizeof(T) == 4 ? 6 : 7)
   __syncthreads();
 
   float best = -INFINITY;
-  for (int j = thread; j < n; j += kDecodeThreads) {
-    const int64_t row = cache.row(table, begin + j, head);
-    const KV* key = cache.keys + row * head_dim;
-    float score = 0;
-#pragma unroll 4
-    for (int d = 0; d < head_dim; d += 8) {
-      float k8[8];
-      load8(key + d, k8);
+  const int part = thread % 8;
+  constexpr int kTogether = 4, kStep = kDecodeThreads / 8;  // keys of a lane that are on their way
+  for (int j0 = thread / 8; j0 - thread % 32 / 8 < n; j0 += kTogether * kStep) {  // by whole warps
+    int64_t row[kTogether];
+    float score[kTogether] = {};
 #pragma unroll
-      for (int i = 0; i < 8; ++i) score += k8[i] * q[d + i];
+    for (int u = 0; u < kTogether; ++u) {  // keys beyond the last: the last, not stored
+      const int j = j0 + u * kStep;
+      row[u] = cache.row(table, begin + (j < n ? j : n - 1), head);
     }
-    score *= scale_of<KV>(cache.key_scales, row);
-    weights[j] = score;
-    best = fmaxf(best, score);
+    for (int d = part * 8; d < head_dim; d += 64) {
+      float k8[kTogether][8];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) load8(cache.keys + row[u] * head_dim + d, k8[u]);
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) score[u] += k8[u][i] * q[d + i];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const float total = warp_sum(score[u], 8) * scale_of<KV>(cache.key_scales, row[u]);
+      if (j0 + u * kStep >= n) continue;
+      if (part == 0) weights[j0 + u * kStep] = total;
+      best = fmaxf(best, total);
+    }
   }
   best = block_max(best, scratch);
   float sum = 0;
