@@ -37,8 +37,10 @@ struct cudaDeviceProp {
 namespace pyengine::sim {
 struct Stream;
 struct Graph;
+struct Event;
 }  // namespace pyengine::sim
 using cudaStream_t = pyengine::sim::Stream*;
+using cudaEvent_t = pyengine::sim::Event*;
 using cudaGraph_t = pyengine::sim::Graph*;
 using cudaGraphExec_t = pyengine::sim::Graph*;
 
@@ -62,6 +64,10 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* dst, int value, size_t bytes, cudaStream_t stream);
+cudaError_t cudaEventCreate(cudaEvent_t* event);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph,

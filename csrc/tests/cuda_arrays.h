@@ -55,11 +55,25 @@ inline float half_value(uint16_t bits, DType dtype) {
   return (bits & 0x8000) != 0 ? -size : size;
 }
 
+#if !defined(PYENGINE_CUDA_SIM)
+// What memory of a GPU that nobody wrote consists of; the simulator has patterns of its own. 0xff
+// makes NaNs of every dtype.
+inline int& unwritten_byte() {
+  static int byte = 0xff;
+  return byte;
+}
+#endif
+
 // Numbers on the device.
 class Array {
  public:
   Array(cuda::Stream& stream, DType dtype, size_t n)
-      : stream_(&stream), dtype_(dtype), n_(n), buffer_(n * size_of(dtype), "a test") {}
+      : stream_(&stream), dtype_(dtype), n_(n), buffer_(n * size_of(dtype), "a test") {
+#if !defined(PYENGINE_CUDA_SIM)
+    cuda::require_success(
+        cudaMemsetAsync(buffer_.data(), unwritten_byte(), buffer_.size(), stream.get()), "a test");
+#endif
+  }
   Array(cuda::Stream& stream, DType dtype, const std::vector<float>& values)
       : Array(stream, dtype, values.size()) {
     set(values);

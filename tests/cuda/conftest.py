@@ -1,4 +1,5 @@
-"""The simulated GPU: ``cmake --preset release && cmake --build --preset release`` builds its library."""
+"""The GPU of these tests: the simulator, whose library ``cmake --preset release && cmake --build --preset
+release`` builds, or with ``PYENGINE_TEST_GPU=1`` this machine's, with the library of this installation."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def simulator() -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Every ``device="cuda"`` of the test is the simulator."""
+    """The library that every ``device="cuda"`` of the test uses."""
+    if os.environ.get("PYENGINE_TEST_GPU") == "1":
+        monkeypatch.delenv(cuda.LIBRARY_VARIABLE, raising=False)
+        cuda.find_device()  # fails the test, saying why, where there is none
+        return cuda.require_library()
     library = simulator()
     monkeypatch.setenv(cuda.LIBRARY_VARIABLE, str(library))
     try:

@@ -47,10 +47,10 @@ def test_a_file_that_is_no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert result.exit_code == 0 and "cannot be opened" in result.stdout
 
 
-def test_the_simulated_gpu_is_found(gpu: Path, checkpoint: Callable[[str], Path]) -> None:
+def test_the_gpu_is_found(gpu: Path, checkpoint: Callable[[str], Path]) -> None:
     assert back_end("auto").device == "cuda"
     report = json.loads(CliRunner().invoke(main, ["doctor", "--json"]).stdout)
-    assert report["cuda"]["available"] and report["cuda"]["name"] == "simulator"
+    assert report["cuda"]["available"] and report["cuda"]["name"] == cuda.find_device().name
     assert report["cuda"]["library"] == str(gpu)
     arguments = ["generate", "--device", "cuda", "--model", str(checkpoint("head_dim_8")), "--ids", "3,4"]
     arguments += ["--max-tokens", "3", "--temperature", "0", "--json"]
@@ -65,7 +65,7 @@ def test_the_simulated_gpu_is_found(gpu: Path, checkpoint: Callable[[str], Path]
 def test_what_does_not_fit_is_refused_with_the_sizes(checkpoint: Callable[[str], Path]) -> None:
     path = checkpoint("head_dim_8")
     with pytest.raises(OutOfMemory, match=r"the KV cache takes \d+ MiB .* are free"):
-        LLM(path, device="cuda", kv_cache_memory="20GiB")
+        LLM(path, device="cuda", kv_cache_memory="20TiB")
     with pytest.raises(ConfigError, match="quantization='int8'.*CUDA"):
         LLM(path, device="cuda", quantization="int8")
     with pytest.raises(ConfigError, match="kv_cache_dtype='bfloat16'.*float32, or int8"):

@@ -1,4 +1,4 @@
-"""The whole engine on a simulated GPU: the tokens of the CPU back end, whatever runs beside them.
+"""The whole engine on a GPU, simulated or not: the tokens of the CPU back end, whatever runs beside them.
 
 In float32 the two differ in the last bits, which changes no token of these requests.
 """

@@ -1,0 +1,514 @@
+// Times every launcher of cuda/kernels.h at the shapes of GPT-2 124M and 1.5B: a JSON line per
+// case, after one that names the device and one with the bandwidth of a large copy. Launches are
+// captured as a graph whose replays are timed by events; they take turns over as many sets of
+// operands as exceed the caches, as the layers of a model do. Operands are random. `bytes` and
+// `flops` are what no implementation can avoid: every input read once, every output written once, a
+// multiply-add is two operations.
+//
+//     kernels_bench [--models 124M,1.5B] [--dtypes float16,bfloat16,float32] [--kernels dense,...]
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace pyengine;        // NOLINT
+using namespace pyengine::cuda;  // NOLINT
+
+struct ModelShape {
+  const char* name;
+  int channels, n_head, vocab, positions;
+  int head_dim() const { return channels / n_head; }
+};
+
+// "tiny" is for the simulator.
+constexpr ModelShape kModels[] = {
+    {"124M", 768, 12, 50257, 1024}, {"1.5B", 1600, 25, 50257, 1024}, {"tiny", 32, 2, 61, 64}};
+
+struct Options {
+  std::vector<std::string> models, dtypes, kernels;
+  bool tiny() const { return models == std::vector<std::string>{"tiny"}; }
+  bool wants(const char* kernel) const {
+    return kernels.empty() || std::find(kernels.begin(), kernels.end(), kernel) != kernels.end();
+  }
+};
+
+// Device memory that is given out piece by piece, full of random numbers of one dtype.
+class Memory {
+ public:
+  // `period` numbers, a multiple of 1024, that come again and again.
+  Memory(Stream& stream, size_t bytes, size_t period)
+      : stream_(&stream),
+        period_(period),
+        pool_(bytes, "the benchmark's operands"),
+        random_(period * sizeof(float), "random numbers"),
+        pattern_(period * sizeof(float), "random numbers") {
+    std::mt19937 engine(1);
+    std::normal_distribution<float> normal(0, 0.05f);
+    std::vector<float> numbers(period);
+    for (float& x : numbers) x = normal(engine);
+    stream.upload(random_.data(), numbers.data(), random_.size());
+    stream.wait();
+  }
+
+  // Everything given out comes back, and holds random numbers again.
+  void reset(DType dtype) {
+    const size_t bytes = period_ * size_of(dtype);
+    if (dtype != filled_) {
+      convert_weight(*stream_, random_.data(), DType::f32, false, period_ / 1024, 1024,
+                     pattern_.data(), dtype);
+      used_ = pool_.size();
+    }
+    for (size_t at = 0; at < used_; at += bytes) {
+      stream_->copy(pool_.bytes() + at, pattern_.data(), std::min(bytes, pool_.size() - at));
+    }
+    filled_ = dtype;
+    used_ = 0;
+  }
+  template <class T = void>
+  T* take(size_t bytes) {
+    const size_t begin = used_;
+    used_ += (bytes + 255) / 256 * 256;
+    if (used_ > pool_.size()) throw std::runtime_error("the benchmark's memory is too small");
+    return reinterpret_cast<T*>(pool_.bytes() + begin);
+  }
+  const int32_t* integers(const std::vector<int32_t>& values) {
+    auto* device = take<int32_t>(values.size() * 4);
+    stream_->upload(device, values.data(), values.size() * 4);
+    stream_->wait();
+    return device;
+  }
+  size_t used() const { return used_; }
+  size_t left() const { return pool_.size() - used_; }
+
+ private:
+  Stream* stream_;
+  size_t period_;
+  DeviceBuffer pool_, random_, pattern_;
+  DType filled_ = DType::i8;  // as nothing yet
+  size_t used_ = 0;
+};
+
+using Launch = std::function<void()>;
+
+struct Case {
+  const char* kernel;
+  std::string shape;  // members of a JSON object, each with a comma behind it
+  DType dtype;
+  double bytes, flops;
+  std::function<Launch(Memory&)> prepare;  // takes one set of operands
+};
+
+class Event {
+ public:
+  Event() { require_success(cudaEventCreate(&event_), "creating an event"); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(Stream& stream) {
+    require_success(cudaEventRecord(event_, stream.get()), "recording an event");
+  }
+  double us_since(const Event& start) const {
+    float ms = 0;
+    require_success(cudaEventElapsedTime(&ms, start.event_, event_), "reading a time");
+    return ms * 1e3;
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+class Bench {
+ public:
+  explicit Bench(Options options)
+      : options_(std::move(options)),
+        memory_(stream_, options_.tiny() ? 2 << 20 : size_t{2} << 30,
+                options_.tiny() ? 1 << 11 : 1 << 22) {}
+
+  const Options& options() const { return options_; }
+  Stream& stream() { return stream_; }
+  void run(const Case& c);
+  void copy_bandwidth();
+
+ private:
+  // Microseconds of a replay of `count` launches: median and least.
+  std::pair<double, double> time(const std::vector<Launch>& launches, size_t count);
+
+  Options options_;
+  Stream stream_;
+  Memory memory_;
+};
+
+std::pair<double, double> Bench::time(const std::vector<Launch>& launches, size_t count) {
+  Graph graph(stream_, [&] {
+    for (size_t i = 0; i < count; ++i) launches[i % launches.size()]();
+  });
+  Event start, stop;
+  auto replay = [&] {
+    start.record(stream_);
+    graph.run(stream_);
+    stop.record(stream_);
+    stream_.wait();
+    return stop.us_since(start);
+  };
+  if (options_.tiny()) return {replay(), 0};
+  replay();
+  constexpr double kWanted = 20e3;  // microseconds of all replays
+  const double first = replay();
+  const auto repeats = static_cast<size_t>(std::clamp(kWanted / std::max(first, 1.0), 5.0, 30.0));
+  std::vector<double> times(repeats);
+  for (double& t : times) t = replay();
+  std::sort(times.begin(), times.end());
+  return {times[repeats / 2], times[0]};
+}
+
+void Bench::run(const Case& c) {
+  constexpr size_t kBeyondCaches = size_t{192} << 20, kMostSets = 128;
+  memory_.reset(c.dtype);
+  std::vector<Launch> launches;
+  do {
+    launches.push_back(c.prepare(memory_));
+  } while (memory_.used() < kBeyondCaches && launches.size() < kMostSets &&
+           memory_.left() > memory_.used() / launches.size() && !options_.tiny());
+  stream_.wait();
+  // Short kernels many times, so that the replay's beginning does not count.
+  const size_t count =
+      c.flops < 2e9 && !options_.tiny() ? std::max<size_t>(launches.size(), 64) : launches.size();
+  const auto [median, least] = time(launches, count);
+  const auto n = static_cast<double>(count);
+  std::printf(
+      "{\"kernel\": \"%s\", %s\"dtype\": \"%s\", \"us\": %.3f, \"us_min\": %.3f, \"sets\": %zu, "
+      "\"bytes\": %.0f, \"flops\": %.0f}\n",
+      c.kernel, c.shape.c_str(), name_of(c.dtype), median / n, least / n, launches.size(), c.bytes,
+      c.flops);
+  std::fflush(stdout);
+}
+
+// Read and write of a copy that no cache holds.
+void Bench::copy_bandwidth() {
+  memory_.reset(DType::f32);
+  const size_t bytes = memory_.left() / 2 / 256 * 256;
+  auto* from = memory_.take(bytes);
+  auto* to = memory_.take(bytes);
+  const std::vector<Launch> launches = {[&] { stream_.copy(to, from, bytes); }};
+  for (int i = 0; i < 3; ++i) time(launches, 4);  // while clocks rise
+  const auto [median, least] = time(launches, 4);
+  std::printf("{\"kernel\": \"copy\", \"us\": %.3f, \"us_min\": %.3f, \"bytes\": %zu}\n",
+              median / 4, least / 4, 2 * bytes);
+}
+
+std::string member(const char* name, int64_t value) {
+  return "\"" + std::string(name) + "\": " + std::to_string(value) + ", ";
+}
+std::string member(const char* name, const char* value) {
+  return "\"" + std::string(name) + "\": \"" + value + "\", ";
+}
+
+// The dense layers of a block, and the head.
+struct DenseLayer {
+  const char* name;
+  int k, n;  // in channels; n of the head is the vocabulary
+  ops::Activation activation;
+  Output output;
+};
+constexpr DenseLayer kDenseLayers[] = {
+    {"c_attn", 1, 3, ops::Activation::none, Output::act},
+    {"attn_c_proj", 1, 1, ops::Activation::none, Output::add},
+    {"c_fc", 1, 4, ops::Activation::gelu_tanh, Output::act},
+    {"mlp_c_proj", 4, 1, ops::Activation::none, Output::add},
+    {"head", 1, 0, ops::Activation::none, Output::f32},
+};
+
+void bench_dense(Bench& bench, const ModelShape& model, DType act) {
+  std::vector<int> rows = {1, 8, 64, 512};
+  if (act == DType::f16) rows = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
+  if (bench.options().tiny()) rows = {1, 9};
+  for (const DenseLayer& layer : kDenseLayers) {
+    const bool head = layer.n == 0;
+    const int64_t k = int64_t{layer.k} * model.channels;
+    const int64_t n = head ? model.vocab : int64_t{layer.n} * model.channels;
+    for (int m : rows) {
+      const size_t out_size = layer.output == Output::act ? size_of(act) : 4;
+      const double once = double(n) * k * size_of(act) + double(m) * k * size_of(act) +
+                          (head ? 0 : 4.0 * n) + double(m) * n * out_size;
+      const double read_again = layer.output == Output::add ? 4.0 * m * n : 0;
+      bench.run({"dense",
+                 member("model", model.name) + member("layer", layer.name) + member("rows", m) +
+                     member("k", k) + member("n", n),
+                 act, once + read_again, 2.0 * m * k * n, [&](Memory& memory) -> Launch {
+                   const void* x = memory.take(m * k * size_of(act));
+                   const void* w = memory.take(n * k * size_of(act));
+                   const auto* bias = head ? nullptr : memory.take<float>(n * 4);
+                   void* out = memory.take(m * n * out_size);
+                   return [=, &bench] {
+                     dense(bench.stream(), x, act, m, w, k, n, bias, layer.activation, layer.output,
+                           out);
+                   };
+                 }});
+    }
+  }
+}
+
+// So many sequences, each with `fresh` tokens at the end of `context` ones.
+struct Ragged {
+  int sequences, context, fresh;
+  int tokens() const { return sequences * fresh; }
+  int blocks() const { return (context + kBlockTokens - 1) / kBlockTokens; }  // of a sequence
+};
+
+struct CacheOperands {
+  Tokens tokens;
+  AttentionPlan plan;
+  KVLayer cache;
+  void *qkv, *out;
+};
+
+CacheOperands take_cache(Memory& memory, const ModelShape& model, DType act, DType kv, Ragged r) {
+  std::vector<int32_t> positions, sequence, single, tiles, table(r.sequences * r.blocks());
+  for (int b = 0; b < r.sequences; ++b) {
+    const auto first = static_cast<int32_t>(positions.size());
+    for (int i = 0; i < r.fresh; ++i) {
+      positions.push_back(r.context - r.fresh + i);
+      sequence.push_back(b);
+    }
+    if (r.fresh == 1) single.push_back(first);
+    for (int i = 0; i < r.fresh && r.fresh > 1; i += kQueryTile) {
+      tiles.insert(tiles.end(), {first + i, std::min(kQueryTile, r.fresh - i)});
+    }
+  }
+  std::iota(table.begin(), table.end(), 0);
+  std::shuffle(table.begin(), table.end(), std::mt19937(1));
+  CacheOperands o;
+  o.tokens.positions = memory.integers(positions);
+  o.tokens.sequence = memory.integers(sequence);
+  o.tokens.block_table = memory.integers(table);
+  o.tokens.count = r.tokens();
+  o.tokens.max_blocks = r.blocks();
+  o.plan.single = memory.integers(single);
+  o.plan.tiles = memory.integers(tiles);
+  o.plan.num_single = static_cast<int32_t>(single.size());
+  o.plan.num_tiles = static_cast<int32_t>(tiles.size() / 2);
+  o.plan.segments = (r.context + ops::kKeySegment - 1) / ops::kKeySegment;
+  o.plan.partial = memory.take<float>(
+      4 * partial_floats(o.plan.num_single, model.n_head, model.head_dim(), o.plan.segments));
+  const size_t keys = table.size() * kBlockTokens * model.channels;
+  o.cache.dtype = kv;
+  o.cache.n_head = model.n_head;
+  o.cache.head_dim = model.head_dim();
+  o.cache.keys = memory.take(keys * size_of(kv));
+  o.cache.values = memory.take(keys * size_of(kv));
+  if (kv == DType::i8) {
+    o.cache.key_scales = memory.take<float>(keys / model.head_dim() * 4);
+    o.cache.value_scales = memory.take<float>(keys / model.head_dim() * 4);
+  }
+  o.qkv = memory.take(size_t{3} * r.tokens() * model.channels * size_of(act));
+  o.out = memory.take(size_t{1} * r.tokens() * model.channels * size_of(act));
+  return o;
+}
+
+std::string members(const ModelShape& model, DType kv, Ragged r) {
+  return member("model", model.name) + member("kv", name_of(kv)) +
+         member("sequences", r.sequences) + member("context", r.context) +
+         member("fresh", r.fresh) + member("heads", model.n_head) +
+         member("head_dim", model.head_dim());
+}
+
+// Bytes of the keys and values of so many tokens.
+double kv_bytes(const ModelShape& model, DType kv, double tokens) {
+  return 2 * tokens *
+         (model.channels * double(size_of(kv)) + (kv == DType::i8 ? 4.0 * model.n_head : 0));
+}
+
+void bench_attention(Bench& bench, const ModelShape& model, DType act, DType kv, Ragged r) {
+  const double channels = model.channels, before = r.context - r.fresh;
+  // Query i of a sequence sees before + i + 1 keys.
+  const double pairs = r.sequences * (r.fresh * before + r.fresh * (r.fresh + 1.0) / 2);
+  const float scale = 1 / std::sqrt(static_cast<float>(model.head_dim()));
+  bench.run({r.fresh == 1 ? "decode_attention" : "prefill_attention", members(model, kv, r), act,
+             kv_bytes(model, kv, double(r.sequences) * r.context) +
+                 2 * r.tokens() * channels * size_of(act),
+             4 * channels * pairs, [&](Memory& memory) -> Launch {
+               const CacheOperands o = take_cache(memory, model, act, kv, r);
+               return [=, &bench] {
+                 attention(bench.stream(), o.qkv, act, o.tokens, o.plan, o.cache, scale, o.out);
+               };
+             }});
+}
+
+void bench_write_kv(Bench& bench, const ModelShape& model, DType act, DType kv, Ragged r) {
+  const double read = 2.0 * r.tokens() * model.channels * size_of(act);
+  bench.run({"write_kv", members(model, kv, r), act, read + kv_bytes(model, kv, r.tokens()), 0,
+             [&](Memory& memory) -> Launch {
+               const CacheOperands o = take_cache(memory, model, act, kv, r);
+               return [=, &bench] { write_kv(bench.stream(), o.qkv, act, o.tokens, o.cache); };
+             }});
+}
+
+void bench_caches(Bench& bench, const ModelShape& model, DType act) {
+  const Options& options = bench.options();
+  std::vector<Ragged> decode, prefill, written = {{1, 512, 1}, {64, 512, 1}, {1, 512, 512}};
+  for (int sequences : {1, 8, 32, 64}) {
+    for (int context : {16, 512, 1000}) decode.push_back({sequences, context, 1});
+  }
+  prefill = {{1, 512, 512}, {8, 512, 512}, {1, 1000, 64}};
+  if (options.tiny()) decode = {{2, 50, 1}}, prefill = {{2, 50, 20}}, written = {{2, 50, 3}};
+  for (DType kv : {act, DType::i8}) {
+    for (const Ragged& r : decode) {
+      if (options.wants("decode_attention")) bench_attention(bench, model, act, kv, r);
+    }
+    for (const Ragged& r : prefill) {
+      if (options.wants("prefill_attention")) bench_attention(bench, model, act, kv, r);
+    }
+    for (const Ragged& r : written) {
+      if (options.wants("write_kv")) bench_write_kv(bench, model, act, kv, r);
+    }
+  }
+}
+
+void bench_layer_norm(Bench& bench, const ModelShape& model, DType act, int rows) {
+  const int c = model.channels;
+  bench.run({"layer_norm",
+             member("model", model.name) + member("rows", rows) + member("channels", c), act,
+             double(rows) * c * (4 + size_of(act)) + 8.0 * c, 0, [&](Memory& memory) -> Launch {
+               const auto* x = memory.take<float>(size_t{4} * rows * c);
+               const auto *gain = memory.take<float>(4 * c), *bias = memory.take<float>(4 * c);
+               void* out = memory.take(size_of(act) * rows * c);
+               return [=, &bench] {
+                 layer_norm(bench.stream(), x, nullptr, rows, c, gain, bias, 1e-5f, out, act);
+               };
+             }});
+}
+
+void bench_embed(Bench& bench, const ModelShape& model, DType act, int rows) {
+  const int c = model.channels;
+  std::vector<int32_t> ids(rows), positions(rows);
+  std::mt19937 engine(1);
+  for (int t = 0; t < rows; ++t) {
+    ids[t] = static_cast<int32_t>(engine() % model.vocab);
+    positions[t] = t % model.positions;
+  }
+  bench.run({"embed", member("model", model.name) + member("rows", rows) + member("channels", c),
+             act, double(rows) * c * (2 * size_of(act) + 4), 0, [&](Memory& memory) -> Launch {
+               Tokens tokens;
+               tokens.ids = memory.integers(ids);
+               tokens.positions = memory.integers(positions);
+               tokens.count = rows;
+               const void* wte = memory.take(size_of(act) * model.vocab * c);
+               const void* wpe = memory.take(size_of(act) * model.positions * c);
+               auto* x = memory.take<float>(size_t{4} * rows * c);
+               return [=, &bench] { embed(bench.stream(), tokens, wte, wpe, act, c, x); };
+             }});
+}
+
+void bench_copy_blocks(Bench& bench, const ModelShape& model, DType act, int blocks) {
+  const size_t bytes = size_t{kBlockTokens} * model.channels * size_of(act);
+  std::vector<int32_t> pairs(2 * blocks);  // from the first half to the second
+  for (int i = 0; i < blocks; ++i) pairs[2 * i] = i, pairs[2 * i + 1] = blocks + i;
+  bench.run({"copy_blocks",
+             member("model", model.name) + member("blocks", blocks) +
+                 member("block_bytes", static_cast<int64_t>(bytes)),
+             act, 2.0 * blocks * bytes, 0, [&](Memory& memory) -> Launch {
+               void* keys = memory.take(2 * blocks * bytes);
+               const int32_t* device_pairs = memory.integers(pairs);
+               return
+                   [=, &bench] { copy_blocks(bench.stream(), keys, bytes, device_pairs, blocks); };
+             }});
+}
+
+// Of c_fc, as it lies in a file: (C, 4C) float32 or float16.
+void bench_convert_weight(Bench& bench, const ModelShape& model, DType act, DType from) {
+  const int64_t k = model.channels, n = 4 * k;
+  bench.run({"convert_weight",
+             member("model", model.name) + member("from", name_of(from)) + member("k", k) +
+                 member("n", n),
+             act, double(n) * k * (size_of(from) + size_of(act)), 0, [&](Memory& memory) -> Launch {
+               const void* src = memory.take(n * k * size_of(from));
+               void* dst = memory.take(n * k * size_of(act));
+               return
+                   [=, &bench] { convert_weight(bench.stream(), src, from, true, n, k, dst, act); };
+             }});
+}
+
+void bench_all(Bench& bench, const ModelShape& model, DType act) {
+  const Options& options = bench.options();
+  if (options.wants("dense")) bench_dense(bench, model, act);
+  bench_caches(bench, model, act);
+  for (int rows : options.tiny() ? std::vector<int>{3} : std::vector<int>{1, 8, 64, 512, 2048}) {
+    if (options.wants("layer_norm")) bench_layer_norm(bench, model, act, rows);
+    if (options.wants("embed")) bench_embed(bench, model, act, rows);
+  }
+  for (int blocks : options.tiny() ? std::vector<int>{2} : std::vector<int>{1, 16, 64}) {
+    if (options.wants("copy_blocks")) bench_copy_blocks(bench, model, act, blocks);
+  }
+  for (DType from : {DType::f32, DType::f16}) {
+    if (options.wants("convert_weight")) bench_convert_weight(bench, model, act, from);
+  }
+}
+
+std::vector<std::string> words(const std::string& text) {
+  std::vector<std::string> found;
+  for (size_t at = 0; at <= text.size();) {
+    const size_t end = std::min(text.find(',', at), text.size());
+    if (end > at) found.push_back(text.substr(at, end - at));
+    at = end + 1;
+  }
+  return found;
+}
+
+Options parse(int argc, char** argv) {
+  Options options{{"124M", "1.5B"}, {"float16", "bfloat16", "float32"}, {}};
+  for (int i = 1; i < argc; i += 2) {
+    const std::string name = argv[i];
+    auto* list = name == "--models"    ? &options.models
+                 : name == "--dtypes"  ? &options.dtypes
+                 : name == "--kernels" ? &options.kernels
+                                       : nullptr;
+    if (list == nullptr || i + 1 == argc) {
+      std::fprintf(stderr, "usage: %s [--models A,B] [--dtypes A,B] [--kernels A,B]\n", argv[0]);
+      std::exit(2);
+    }
+    *list = words(argv[i + 1]);
+  }
+  return options;
+}
+
+void bench_chosen(const Options& options) {
+  const DeviceInfo device = open_device();
+  std::printf("{\"device\": \"%s\", \"capability\": \"%d.%d\", \"multiprocessors\": %d}\n",
+              device.name.c_str(), device.major, device.minor, device.multiprocessors);
+  Bench bench(options);
+  bench.copy_bandwidth();
+  for (const ModelShape& model : kModels) {
+    for (DType act : {DType::f16, DType::bf16, DType::f32}) {
+      auto chosen = [](const std::vector<std::string>& names, const char* name) {
+        return std::find(names.begin(), names.end(), name) != names.end();
+      };
+      if (act == DType::bf16 && device.major < 8) continue;
+      if (!chosen(options.models, model.name) || !chosen(options.dtypes, name_of(act))) continue;
+      bench_all(bench, model, act);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    bench_chosen(parse(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernels_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
