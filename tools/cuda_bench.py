@@ -22,7 +22,6 @@ import contextlib
 import importlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +53,8 @@ class Session:
         self.failed: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.jsonl").write_text("", encoding="utf-8")
-        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # cmake, ninja
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PATH": path}
 
     def record(self, row: Row) -> None:
         with (self._out / "results.jsonl").open("a", encoding="utf-8") as file:
@@ -88,6 +88,12 @@ class Session:
         for row in rows:
             row["peak_mib"] = self._memory.peak_mib()
         return rows
+
+    def ran(self, *arguments: Any) -> bool:
+        """As ``run``: whether it succeeded."""
+        failed = len(self.failed)
+        self.run(*arguments)
+        return len(self.failed) == failed
 
     @staticmethod
     def _wait(command: Sequence[str], limit: float, environment: Row) -> tuple[str, str]:
@@ -170,15 +176,18 @@ def build(session: Session, args: argparse.Namespace) -> list[Row]:
     configure = ["cmake", "--preset", "cuda-tests", f"-DPython_EXECUTABLE={sys.executable}"]
     if args.architectures:
         configure.append(f"-DPYENGINE_CUDA_ARCHITECTURES={args.architectures}")
-    session.run("build", "configure", configure, 60)
-    session.run("build", "compile", ["cmake", "--build", "--preset", "cuda-tests"], 300)
+    compile_all = ["cmake", "--build", "--preset", "cuda-tests"]
+    if not session.ran("build", "configure", configure, 60):  # without Python's headers, say
+        session.run("build", "configure without Python", [*configure, "-DPYENGINE_PYTHON=OFF"], 60)
+        compile_all += ["--target", "pyengine_gpu_programs"]
+    session.run("build", "compile", compile_all, 300)
     return []
 
 
 def tests(session: Session, args: argparse.Namespace) -> list[Row]:
     for name in ("test_gpu_ops", "test_gpu_model"):
         session.run("tests", name, [str(BUILD / "gpu" / name)], 90)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-p", "no:cacheprovider", "tests/cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "tests/cuda"]
     session.run("tests", "tests/cuda", command, 150, {"PYENGINE_TEST_GPU": "1"})
     return []
 
@@ -199,19 +208,24 @@ def kernels(session: Session, args: argparse.Namespace) -> list[Row]:
 def workloads(session: Session, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     common = ["--workload", args.workload, "--repeats", str(args.repeats)]
-    for model in args.models.split(","):
-        with tempfile.TemporaryDirectory() as directory:
-            make = [sys.executable, _PEERS, "checkpoint", model, directory]
+    with tempfile.TemporaryDirectory() as directory:
+
+        def run(engine: str, command: list[str], limit: float) -> None:
+            for model in args.models.split(","):
+                checkpoint = str(Path(directory) / model)
+                found = session.run("workloads", f"{model}: {engine}", [*command, checkpoint], limit)
+                rows.extend({**row, "model": model} for row in found)
+
+        python = [sys.executable]
+        for model in args.models.split(","):
+            make = [*python, _PEERS, "checkpoint", model, str(Path(directory) / model)]
             session.run("workloads", f"{model}: checkpoint", make, 60)
-            own = [sys.executable, "-m", "pyengine", "bench", "--device", "cuda", "--model", directory]
-            found = session.run("workloads", f"{model}: pyengine", [*own, *common, "--json"], 90)
-            if not args.alone:
-                peer = [sys.executable, _PEERS, "workloads", directory, *common]
-                found += session.run("workloads", f"{model}: transformers", peer, 120)
-                if args.static_cache:
-                    peer.append("--static-cache")
-                    found += session.run("workloads", f"{model}: transformers static", peer, 240)
-            rows += [{**row, "model": model} for row in found]
+        own = [*python, "-m", "pyengine", "bench", "--device", "cuda", "--json", *common, "--model"]
+        run("pyengine", own, 90)
+        if not args.alone:
+            run("transformers", [*python, _PEERS, "workloads", *common], 150)
+        if args.static_cache:
+            run("transformers static", [*python, _PEERS, "workloads", "--static-cache", *common], 240)
     return rows
 
 
@@ -224,9 +238,11 @@ def ncu(session: Session, args: argparse.Namespace) -> list[Row]:
             session.run("ncu", f"{model}: checkpoint", make, 60)
             report = Path(directory) / "report.csv"
             command = ["ncu", "--clock-control", "none", "--metrics", metrics, "--csv", "--page", "raw"]
-            command += ["--log-file", str(report), sys.executable, "-m", "pyengine", "bench"]
-            command += ["--device", "cuda", "--model", directory, "--repeats", "1"]
-            session.run("ncu", model, [*command, "--prompt-tokens", "16", "--new-tokens", "3"], 120)
+            command += ["--log-file", str(report), sys.executable, "-m", "pyengine", "generate"]
+            command += ["--device", "cuda", "--model", directory, "--kv-cache-memory", "64MiB"]
+            prompt = ",".join(map(str, range(16)))
+            command += ["--ids", "--json", "--temperature", "0", "--max-tokens", "3", "--ignore-eos", prompt]
+            session.run("ncu", model, command, 120)
             if report.is_file():
                 found = cuda_tables.read_ncu(report.read_text(encoding="utf-8", errors="replace"))
                 rows += [{**row, "model": model} for row in found]
@@ -273,8 +289,6 @@ def main() -> None:
         show(json_lines((args.show / "results.jsonl").read_text(encoding="utf-8")), args)
         return
     session = Session(args.out, args.seconds)
-    if "ncu" in args.steps and shutil.which("ncu") is None:
-        sys.exit("--only ncu: Nsight Compute's ncu is not in PATH")
     rows: list[Row] = []
     for step in args.steps:
         try:
