@@ -25,6 +25,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -172,6 +173,15 @@ def json_lines(text: str) -> list[Row]:
     return rows
 
 
+def gpu_program(session: Session, step: str, name: str, *arguments: str) -> list[Row]:
+    """Runs one of build/cuda-tests/gpu, which finds PyPI's cuBLASLt as pyengine/cuda.py does, or the system's."""
+    found = Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib/libcublasLt.so*")
+    libraries = [*(str(file.parent) for file in found), "/usr/local/cuda/lib64"]
+    libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
+    environment = {"LD_LIBRARY_PATH": os.pathsep.join(libraries)}
+    return session.run(step, name, [str(BUILD / "gpu" / name), *arguments], 90, environment)
+
+
 def build(session: Session, args: argparse.Namespace) -> list[Row]:
     configure = ["cmake", "--preset", "cuda-tests", f"-DPython_EXECUTABLE={sys.executable}"]
     if args.architectures:
@@ -186,17 +196,15 @@ def build(session: Session, args: argparse.Namespace) -> list[Row]:
 
 def tests(session: Session, args: argparse.Namespace) -> list[Row]:
     for name in ("test_gpu_ops", "test_gpu_model"):
-        session.run("tests", name, [str(BUILD / "gpu" / name)], 90)
+        gpu_program(session, "tests", name)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "tests/cuda"]
     session.run("tests", "tests/cuda", command, 150, {"PYENGINE_TEST_GPU": "1"})
     return []
 
 
 def kernels(session: Session, args: argparse.Namespace) -> list[Row]:
-    command = [str(BUILD / "gpu" / "kernels_bench"), "--models", args.models]
-    if args.dtypes:
-        command += ["--dtypes", args.dtypes]
-    rows = session.run("kernels", "kernels_bench", command, 90)
+    chosen = ["--models", args.models, *(["--dtypes", args.dtypes] if args.dtypes else [])]
+    rows = gpu_program(session, "kernels", "kernels_bench", *chosen)
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
         file.flush()

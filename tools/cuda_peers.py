@@ -138,7 +138,7 @@ def time_kernels(file: str) -> None:
             show({"kernel": "matmul", "dtype": name, "flops_per_s": round(peak_flops(dtype))})
         for line in Path(file).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            us = time_row(row) if "dtype" in row else None
+            us = time_row(row) if row.get("by", "pyengine") == "pyengine" and "dtype" in row else None
             if us is not None:
                 show({**row, "us": round(us, 3), "engine": "torch"})
 

@@ -73,7 +73,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 # Of a kernel's rows in a table: the label, and the column.
 _AXES: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
-    "dense": (lambda r: r["layer"], lambda r: f"{r['rows']} rows"),
+    "dense": (lambda r: f"{r['layer']}, {r['by']}", lambda r: f"{r['rows']} rows"),
+    "dense_of_norm": (lambda r: f"{r['layer']}, {r['by']}", lambda r: f"{r['rows']} rows"),
     "decode_attention": (
         lambda r: f"{_SHORT.get(r['kv'], r['kv'])} KV, {r['sequences']} sequences",
         lambda r: f"{r['context']} keys",
@@ -91,7 +92,7 @@ _AXES: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
     "copy_blocks": (lambda r: "", lambda r: f"{r['blocks']} blocks"),
     "convert_weight": (lambda r: "", lambda r: f"from {r['from']}"),
 }
-_MEASURED = {"us", "us_min", "sets", "bytes", "flops", "engine", "peak_mib"}
+_MEASURED = {"us", "us_min", "sets", "bytes", "flops", "engine", "by", "peak_mib"}
 
 
 def _case(row: Row) -> tuple[tuple[str, Any], ...]:

@@ -13,7 +13,9 @@ from tools.cuda_tables import Limits, read_ncu, roofline_rate, tables
 
 COPY = {"kernel": "copy", "us": 1000.0, "bytes": 2_000_000_000}  # 2 TB/s
 MATMUL = {"kernel": "matmul", "dtype": "float16", "flops_per_s": 500e12}
-DENSE = {"kernel": "dense", "model": "124M", "layer": "c_attn", "rows": 1, "k": 768, "n": 2304} | {
+DENSE = {"kernel": "dense", "model": "124M", "layer": "c_attn", "by": "pyengine", "rows": 1} | {
+    "k": 768,
+    "n": 2304,
     "dtype": "float16",
     "us": 4.0,
     "us_min": 3.9,
@@ -52,7 +54,7 @@ def test_kernels_beside_the_roofline_and_torch() -> None:
     assert "copy 2,000 GB/s, float16 500 TFLOP/s" in title
     assert [line.split() for line in dense.splitlines()] == [
         ["dense,", "124M", "f16", "1", "rows", "512", "rows"],
-        ["c_attn", "4.0", "50%", "1.50", "20.0", "50%", "-"],
+        ["c_attn,", "pyengine", "4.0", "50%", "1.50", "20.0", "50%", "-"],
     ]
     assert "512 keys" in decode and "int8 KV, 8 sequences" in decode and "10.0 40% -" in decode
     assert sum("bf16" in table for table in tables([COPY, DENSE, bfloat16], "all")) == 1

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/blas.h"
 #include "cuda/kernels.h"
 
 namespace {
@@ -138,6 +140,7 @@ class Bench {
 
   const Options& options() const { return options_; }
   Stream& stream() { return stream_; }
+  Blas* blas() { return blas_.get(); }
   void run(const Case& c);
   void copy_bandwidth();
 
@@ -147,6 +150,7 @@ class Bench {
 
   Options options_;
   Stream stream_;
+  std::unique_ptr<Blas> blas_ = Blas::open();
   Memory memory_;
 };
 
@@ -215,51 +219,6 @@ std::string member(const char* name, int64_t value) {
 }
 std::string member(const char* name, const char* value) {
   return "\"" + std::string(name) + "\": \"" + value + "\", ";
-}
-
-// The dense layers of a block, and the head.
-struct DenseLayer {
-  const char* name;
-  int k, n;  // in channels; n of the head is the vocabulary
-  ops::Activation activation;
-  Output output;
-};
-constexpr DenseLayer kDenseLayers[] = {
-    {"c_attn", 1, 3, ops::Activation::none, Output::act},
-    {"attn_c_proj", 1, 1, ops::Activation::none, Output::add},
-    {"c_fc", 1, 4, ops::Activation::gelu_tanh, Output::act},
-    {"mlp_c_proj", 4, 1, ops::Activation::none, Output::add},
-    {"head", 1, 0, ops::Activation::none, Output::f32},
-};
-
-void bench_dense(Bench& bench, const ModelShape& model, DType act) {
-  std::vector<int> rows = {1, 8, 64, 512};
-  if (act == DType::f16) rows = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
-  if (bench.options().tiny()) rows = {1, 9};
-  for (const DenseLayer& layer : kDenseLayers) {
-    const bool head = layer.n == 0;
-    const int64_t k = int64_t{layer.k} * model.channels;
-    const int64_t n = head ? model.vocab : int64_t{layer.n} * model.channels;
-    for (int m : rows) {
-      const size_t out_size = layer.output == Output::act ? size_of(act) : 4;
-      const double once = double(n) * k * size_of(act) + double(m) * k * size_of(act) +
-                          (head ? 0 : 4.0 * n) + double(m) * n * out_size;
-      const double read_again = layer.output == Output::add ? 4.0 * m * n : 0;
-      bench.run({"dense",
-                 member("model", model.name) + member("layer", layer.name) + member("rows", m) +
-                     member("k", k) + member("n", n),
-                 act, once + read_again, 2.0 * m * k * n, [&](Memory& memory) -> Launch {
-                   const void* x = memory.take(m * k * size_of(act));
-                   const void* w = memory.take(n * k * size_of(act));
-                   const auto* bias = head ? nullptr : memory.take<float>(n * 4);
-                   void* out = memory.take(m * n * out_size);
-                   return [=, &bench] {
-                     dense(bench.stream(), x, act, m, w, k, n, bias, layer.activation, layer.output,
-                           out);
-                   };
-                 }});
-    }
-  }
 }
 
 // So many sequences, each with `fresh` tokens at the end of `context` ones.
@@ -378,6 +337,95 @@ void bench_caches(Bench& bench, const ModelShape& model, DType act) {
   }
 }
 
+// The dense layers of a block, and the head.
+struct DenseLayer {
+  const char* name;
+  int k, n;  // in channels; n of the head is the vocabulary
+  Output output;
+  ops::Activation activation;
+};
+constexpr DenseLayer kDenseLayers[] = {
+    {"c_attn", 1, 3, Output::act, ops::Activation::none},
+    {"attn_c_proj", 1, 1, Output::add, ops::Activation::none},
+    {"c_fc", 1, 4, Output::act, ops::Activation::gelu_tanh},
+    {"mlp_c_proj", 4, 1, Output::add, ops::Activation::none},
+    {"head", 1, 0, Output::f32, ops::Activation::none},
+};
+// As the model calls them: after a layer norm, keys and values to the cache.
+constexpr DenseLayer kDenseLayersOfNorms[] = {
+    {"c_attn", 1, 3, Output::qkv, ops::Activation::none},
+    {"c_fc", 1, 4, Output::act, ops::Activation::gelu_tanh},
+};
+
+void bench_dense(Bench& bench, const ModelShape& model, DType act, const DenseLayer& l, int m,
+                 bool of_norm, Blas* blas) {
+  const bool head = l.n == 0;
+  const int64_t k = int64_t{l.k} * model.channels;
+  const int64_t n = head ? model.vocab : int64_t{l.n} * model.channels;
+  const bool in_act = l.output == Output::act || l.output == Output::qkv;
+  const size_t out_size = in_act ? size_of(act) : 4, x_size = of_norm ? 4 : size_of(act);
+  double bytes = double(n) * k * size_of(act) + double(m) * k * x_size + double(m) * n * out_size;
+  if (l.output == Output::add) bytes += 4.0 * m * n;  // read, too
+  if (!head) bytes += 4.0 * n;
+  if (of_norm) bytes += 8.0 * k;
+  const std::string shape = member("model", model.name) + member("layer", l.name) +
+                            member("by", blas != nullptr ? "cuBLASLt" : "pyengine") +
+                            member("rows", m) + member("k", k) + member("n", n);
+  auto prepare = [=, &bench, &model](Memory& memory) -> Launch {
+    Dense layer;
+    layer.k = k;
+    layer.n = n;
+    layer.weight = memory.take(n * k * size_of(act));
+    if (!head) {
+      layer.bias = memory.take<float>(n * 4);
+      layer.bias_act = memory.take(n * size_of(act));
+    }
+    const void* x = memory.take(m * k * x_size);
+    DenseResult result;
+    result.output = l.output;
+    result.activation = l.activation;
+    result.out = memory.take(m * n * out_size);
+    if (l.output == Output::qkv) {
+      const CacheOperands o = take_cache(memory, model, act, act, {m, kBlockTokens, 1});
+      result.tokens = o.tokens;
+      result.cache = o.cache;
+    }
+    if (!of_norm) {
+      return [=, &bench] { dense(bench.stream(), blas, x, act, m, layer, result); };
+    }
+    const Norm norm{memory.take<float>(4 * k), memory.take<float>(4 * k), 1e-5f};
+    void* normed = memory.take(m * k * size_of(act));
+    return [=, &bench] {
+      dense_of_norm(bench.stream(), blas, static_cast<const float*>(x), norm, normed, act, m, layer,
+                    result);
+    };
+  };
+  bench.run({of_norm ? "dense_of_norm" : "dense", shape, act, bytes, 2.0 * m * k * n, prepare});
+}
+
+void bench_dense_layers(Bench& bench, const ModelShape& model, DType act) {
+  const Options& options = bench.options();
+  const int few = act == DType::f32 ? kFewRowsF32 : kFewRows;
+  std::vector<int> rows = {1, 8, 64, 512};
+  if (act == DType::f16) rows = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
+  if (options.tiny()) rows = {1, few + 1};
+  for (const DenseLayer& layer : kDenseLayers) {
+    for (int m : rows) {
+      if (!options.wants("dense")) continue;
+      bench_dense(bench, model, act, layer, m, false, nullptr);
+      if (m > few && bench.blas() != nullptr) {
+        bench_dense(bench, model, act, layer, m, false, bench.blas());
+      }
+    }
+  }
+  for (const DenseLayer& layer : kDenseLayersOfNorms) {
+    for (int m : rows) {
+      if (m > few || !options.wants("dense_of_norm")) continue;
+      bench_dense(bench, model, act, layer, m, true, nullptr);
+    }
+  }
+}
+
 void bench_layer_norm(Bench& bench, const ModelShape& model, DType act, int rows) {
   const int c = model.channels;
   bench.run({"layer_norm",
@@ -387,7 +435,7 @@ void bench_layer_norm(Bench& bench, const ModelShape& model, DType act, int rows
                const auto *gain = memory.take<float>(4 * c), *bias = memory.take<float>(4 * c);
                void* out = memory.take(size_of(act) * rows * c);
                return [=, &bench] {
-                 layer_norm(bench.stream(), x, nullptr, rows, c, gain, bias, 1e-5f, out, act);
+                 layer_norm(bench.stream(), x, nullptr, rows, c, {gain, bias, 1e-5f}, out, act);
                };
              }});
 }
@@ -444,7 +492,7 @@ void bench_convert_weight(Bench& bench, const ModelShape& model, DType act, DTyp
 
 void bench_all(Bench& bench, const ModelShape& model, DType act) {
   const Options& options = bench.options();
-  if (options.wants("dense")) bench_dense(bench, model, act);
+  bench_dense_layers(bench, model, act);
   bench_caches(bench, model, act);
   for (int rows : options.tiny() ? std::vector<int>{3} : std::vector<int>{1, 8, 64, 512, 2048}) {
     if (options.wants("layer_norm")) bench_layer_norm(bench, model, act, rows);
