@@ -174,7 +174,7 @@ def json_lines(text: str) -> list[Row]:
 
 
 def gpu_program(session: Session, step: str, name: str, *arguments: str) -> list[Row]:
-    """Runs one of build/cuda-tests/gpu, which finds PyPI's cuBLASLt as pyengine/cuda.py does, or the system's."""
+    """Runs one of build/cuda-tests/gpu, with PyPI's cuBLASLt, as pyengine/cuda.py has it, or the system's."""
     found = Path(sysconfig.get_path("purelib")).glob("nvidia/*/lib/libcublasLt.so*")
     libraries = [*(str(file.parent) for file in found), "/usr/local/cuda/lib64"]
     libraries += filter(None, [os.environ.get("LD_LIBRARY_PATH")])
