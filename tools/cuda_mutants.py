@@ -94,14 +94,14 @@ MUTANTS = (
     Mutant(
         "dense_rows: weights of the next chunk, too early",
         _DENSE_ROWS,
-        "fetch(weights[u], k0 + kAhead * kWarps * kChunk);",
-        "fetch(weights[u], k0 + kWarps * kChunk);",
+        "fetch(weights[u], k0 + kAhead * kStep);",
+        "fetch(weights[u], k0 + kStep);",
     ),
     Mutant(
         "dense_rows: no barrier before the warps' sums are added",
         _DENSE_ROWS,
-        "  __syncthreads();\n  for (int i = thread; i < kColumns * m",
-        "  for (int i = thread; i < kColumns * m",
+        "  __syncthreads();\n  if (!has_column) return;",
+        "  if (!has_column) return;",
     ),
     Mutant(
         "dense_rows: wrong lane for a row of the result",
@@ -109,7 +109,13 @@ MUTANTS = (
         "8 * j + 2 * t + e % 2",
         "8 * j + t + e % 2",
     ),
-    Mutant("dense_rows: the last warp's sum is lost", _DENSE_ROWS, "v < kWarps; ++v", "v < kWarps - 1; ++v"),
+    Mutant("dense_rows: the last warp's sum is lost", _DENSE_ROWS, "v < kParts; ++v", "v < kParts - 1; ++v"),
+    Mutant(
+        "dense_rows: no barrier between the sums of two warps",
+        _DENSE_ROWS,
+        "    __syncthreads();\n    if (warp < kParts)",
+        "    if (warp < kParts)",
+    ),
     Mutant(
         "dense_rows: no barrier after the norm",
         _DENSE_ROWS,
@@ -146,14 +152,14 @@ MUTANTS = (
     Mutant(
         "attention: block table off by one",
         _ATTENTION,
-        "table[token / kBlockTokens]",
-        "table[(token + 1) / kBlockTokens]",
+        "table[token / kBlockTokens] *",
+        "table[(token + 1) / kBlockTokens] *",
     ),
     Mutant(
         "attention: heads of another block",
-        _ATTENTION,
-        "(block * n_head + head) * kBlockTokens + token",
-        "(block + head * n_head) * kBlockTokens + token",
+        "cuda/types.h",
+        "slot / kBlockTokens} * n_head + head)",
+        "slot / kBlockTokens} + head * n_head)",
     ),
     Mutant(
         "decode: a key too many",
@@ -235,15 +241,15 @@ MUTANTS = (
     Mutant(
         "write_kv: the next slot",
         _ATTENTION,
-        "+ position % kBlockTokens;",
-        "+ (position + 1) % kBlockTokens;",
+        "slot = tokens.slots[t];",
+        "slot = tokens.slots[t] ^ 1;",
     ),
     Mutant("write_kv: a channel of int8 in another's byte", _ATTENTION, "<< (i % 4 * 8);", "<< (i % 2 * 8);"),
     Mutant(
-        "block_sum: scratch is overwritten while it is read",
+        "block_max: scratch is overwritten while it is read",
         "cuda/device.h",
-        "total += scratch[i];\n  __syncthreads();\n",
-        "total += scratch[i];\n",
+        "best = fmaxf(best, scratch[i]);\n  __syncthreads();\n",
+        "best = fmaxf(best, scratch[i]);\n",
     ),
     Mutant("layer_norm: eps is left out", _ROWS, "sqrtf(variance + eps)", "sqrtf(variance)"),
     Mutant(

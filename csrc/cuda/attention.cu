@@ -21,8 +21,8 @@ struct Cache {
 
   // Which row of head_dim values (and which scale) a token has.
   __device__ int64_t row(const int32_t* table, int token, int head) const {
-    const int64_t block = table[token / kBlockTokens];
-    return (block * n_head + head) * kBlockTokens + token % kBlockTokens;
+    return row_of_slot(table[token / kBlockTokens] * kBlockTokens + token % kBlockTokens, n_head,
+                       head);
   }
 };
 
@@ -37,26 +37,30 @@ constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 256;
 // time and side by side. Values: groups of head_dim / 8 threads, each thread with eight channels of
 // every so many-th key. `partial` is null where there is one segment only: the result then goes to
 // `out`.
-// Budget of decode_attention<*>: 256 threads, 80 registers, 10272 bytes shared; LDG.128
-// Budget of decode_attention<*, signed char>: 256 threads, 80 registers, 10272 bytes shared; LDG.64
-// Budget of decode_attention<float, signed char>: 256 threads, 80 registers, 10272 bytes shared
+// Budget of decode_attention<*>: 256 threads, 80 registers, 10336 bytes shared; LDG.128
+// Budget of decode_attention<*, signed char>: 256 threads, 80 registers, 10336 bytes shared; LDG.64
+// Budget of decode_attention<float, signed char>: 256 threads, 80 registers, 10336 bytes shared
 template <class T, class KV>
 __global__ void __launch_bounds__(kDecodeThreads, 3)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
-  start_after_previous();
   PYENGINE_SHARED(q, float[kMaxHeadDim]);
+  PYENGINE_SHARED(table, int32_t[kSegment / kBlockTokens]);
   PYENGINE_SHARED(weights, float[kSegment]);
   PYENGINE_SHARED(scratch, float[kDecodeThreads / 32]);
   PYENGINE_SHARED(sums, float[kDecodeThreads * 8]);
   const int head_dim = cache.head_dim, head = static_cast<int>(blockIdx.y);
   const int64_t token = single[blockIdx.x];
-  const int32_t* table = tokens.block_table + int64_t{tokens.sequence[token]} * tokens.max_blocks;
   const int begin = static_cast<int>(blockIdx.z) * kSegment;
   const int keys = tokens.positions[token] + 1 - begin;
-  if (keys <= 0) return;  // the whole block
   const int n = keys < kSegment ? keys : kSegment;
   const int thread = static_cast<int>(threadIdx.x);
+  if (thread * kBlockTokens < n) {
+    table[thread] = tokens.block_table[int64_t{tokens.sequence[token]} * tokens.max_blocks +
+                                       begin / kBlockTokens + thread];
+  }
+  start_after_previous();
+  if (keys <= 0) return;  // the whole block
   const int64_t channels = int64_t{cache.n_head} * head_dim;
   for (int d = thread; d < head_dim; d += kDecodeThreads) {
     q[d] = widen(qkv[token * 3 * channels + head * head_dim + d]) * scale;
@@ -72,7 +76,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {  // keys beyond the last: the last, not stored
       const int j = j0 + u * kStep;
-      row[u] = cache.row(table, begin + (j < n ? j : n - 1), head);
+      row[u] = cache.row(table, j < n ? j : n - 1, head);
     }
     for (int d = part * 8; d < head_dim; d += 64) {
       float k8[kTogether][8];
@@ -97,7 +101,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   for (int j = thread; j < n; j += kDecodeThreads) {
     const float weight = expf(weights[j] - best);
     sum += weight;
-    weights[j] = weight * scale_of<KV>(cache.value_scales, cache.row(table, begin + j, head));
+    weights[j] = weight * scale_of<KV>(cache.value_scales, cache.row(table, j, head));
   }
   sum = block_sum(sum, scratch);  // its barriers also let everyone see the weights
 
@@ -108,7 +112,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
 #pragma unroll 4
     for (int j = group; j < n; j += groups) {
       float v8[8];
-      load8(cache.values + cache.row(table, begin + j, head) * head_dim + d, v8);
+      load8(cache.values + cache.row(table, j, head) * head_dim + d, v8);
 #pragma unroll
       for (int i = 0; i < 8; ++i) acc[i] += weights[j] * v8[i];
     }
@@ -417,15 +421,13 @@ __global__ void __launch_bounds__(128)
                     float* key_scales, float* value_scales) {
   start_after_previous();
   const int64_t t = blockIdx.x, channels = int64_t{n_head} * head_dim;
-  const int position = tokens.positions[t];
-  const int64_t block =
-      tokens.block_table[int64_t{tokens.sequence[t]} * tokens.max_blocks + position / kBlockTokens];
+  const int slot = tokens.slots[t];
   const T* from = qkv + (t * 3 + 1 + blockIdx.y) * channels;
   KV* to = blockIdx.y == 0 ? keys : values;
   float* scales = blockIdx.y == 0 ? key_scales : value_scales;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int head = static_cast<int>(threadIdx.x) / 32; head < n_head; head += 4) {
-    const int64_t row = (block * n_head + head) * kBlockTokens + position % kBlockTokens;
+    const int64_t row = row_of_slot(slot, n_head, head);
     float x[8] = {};
     const bool has = lane * 8 < head_dim;  // at most 256 channels
     if (has) load8(from + head * head_dim + lane * 8, x);

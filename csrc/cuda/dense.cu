@@ -260,7 +260,8 @@ void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, c
 
 void dense_of_norm(Stream& stream, Blas* blas, const float* x, const Norm& norm, void* normed,
                    DType act, int num_rows, const Dense& layer, const DenseResult& result) {
-  if (num_rows > kNormedRows || act == DType::f32 || layer.k > kNormedChannels) {
+  const bool at_once = num_rows <= kNormedRows && layer.k <= kNormedChannels && layer.n < kWide;
+  if (!at_once || act == DType::f32) {
     layer_norm(stream, x, nullptr, num_rows, static_cast<int>(layer.k), norm, normed, act);
     return dense(stream, blas, normed, act, num_rows, layer, result);
   }

@@ -27,11 +27,17 @@ struct Epilogue {
   int64_t n;
   DenseResult result;
 
+  __device__ float bias_of(int64_t column) const { return bias != nullptr ? bias[column] : 0.0f; }
+
   Epilogue(const Dense& layer, const DenseResult& result)
       : bias(layer.bias), n(layer.n), result(result) {}
 
   __device__ void store(int64_t row, int64_t column, float sum) const {
-    float y = bias != nullptr ? sum + bias[column] : sum;
+    finish(row, column, sum + bias_of(column));
+  }
+
+  // The sum with its bias.
+  __device__ void finish(int64_t row, int64_t column, float y) const {
     y = activate(y, result.activation);
     const int64_t i = row * n + column;
     switch (result.output) {
@@ -60,18 +66,17 @@ struct Epilogue {
     }
     const bool is_value = column >= 2 * channels;
     const int channel = column - (is_value ? 2 * channels : channels);
-    const int head = channel / cache.head_dim, position = tokens.positions[row];
-    const int64_t block = tokens.block_table[int64_t{tokens.sequence[row]} * tokens.max_blocks +
-                                             position / kBlockTokens];
-    const int64_t slot = (block * cache.n_head + head) * kBlockTokens + position % kBlockTokens;
+    const int head = channel / cache.head_dim;
+    const int64_t row_of_cache = row_of_slot(tokens.slots[row], cache.n_head, head);
     T* const to = static_cast<T*>(is_value ? cache.values : cache.keys);
-    to[slot * cache.head_dim + channel - head * cache.head_dim] = y;
+    to[row_of_cache * cache.head_dim + channel - head * cache.head_dim] = y;
   }
 };
 
 // Up to kFewRows rows of f16 or bf16; of layer_norm(x) if `norm` is not null, for which x is f32
-// with at most kNormedRows rows of kNormedChannels. csrc/cuda/dense_rows.cu
-constexpr int kNormedRows = 8, kNormedChannels = 2048;
+// with at most kNormedRows rows of kNormedChannels, and `layer` is not wide. A wide layer (the
+// head) is cut otherwise. csrc/cuda/dense_rows.cu
+constexpr int kNormedRows = 8, kNormedChannels = 2040, kWide = 8192;
 template <class T>
 void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
                 const Epilogue<T>& epilogue);

@@ -193,13 +193,24 @@ __device__ inline float block_max(float x, float* scratch) {
 // Every thread of every kernel calls this once before it touches what kernels before it have
 // written, or writes. From compute capability 9.0 on, a kernel's blocks are put in place while the
 // kernel before still runs (programmatic dependent launch): what comes before the call, as reading
-// weights, overlaps with it. As each kernel waits for the whole kernel before it, order stays.
+// weights, overlaps with it. As each kernel waits for the whole kernel before it, order stays. The
+// arrays of a step may be read before the call by all kernels but its first: they were uploaded
+// before that one started.
 __device__ inline void start_after_previous() {
 #if defined(PYENGINE_CUDA_SIM)
   sim::wait_for_previous();
 #elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Asks for a line of memory that is read soon.
+__device__ inline void prefetch(const void* p) {
+#if !defined(PYENGINE_CUDA_SIM)
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  static_cast<void>(p);
 #endif
 }
 

@@ -29,17 +29,18 @@ __global__ void __launch_bounds__(128)
 }
 
 // A warp per row.
-// Budget of layer_norm_kernel<*>: 128 threads, 56 registers; LDG.128 STG.128
+// Budget of layer_norm_kernel<*>: 128 threads, 168 registers; LDG.128 STG.128
 template <class T>
 __global__ void __launch_bounds__(128)
     layer_norm_kernel(const float* x, const int32_t* rows, int num_rows, int channels, Norm norm,
                       T* out) {
+  prefetch_norm(norm, channels, static_cast<int>(threadIdx.x), 128);
   start_after_previous();
   const int64_t r = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
   if (r >= num_rows) return;
   const float* row = x + (rows != nullptr ? int64_t{rows[r]} : r) * channels;
-  normalise_row(row, channels, norm, static_cast<int>(threadIdx.x) % 32,
-                [&](int c, const float (&v)[8]) { store8(out + r * channels + c, v); });
+  normalise_row<8>(row, channels, norm, static_cast<int>(threadIdx.x) % 32,
+                   [&](int c, const float (&v)[8]) { store8(out + r * channels + c, v); });
 }
 
 // 32 x 32 tiles; transposed in shared memory, whose rows are one longer so that a column lies in

@@ -27,6 +27,7 @@ struct KVLayer {
 struct Tokens {
   const int32_t* ids = nullptr;          // (T,)
   const int32_t* positions = nullptr;    // (T,)
+  const int32_t* slots = nullptr;        // (T,) in the cache: block * kBlockTokens + place in it
   const int32_t* sequence = nullptr;     // (T,) which row of the block table
   const int32_t* block_table = nullptr;  // (B, max_blocks)
   int32_t count = 0;                     // T

@@ -240,15 +240,16 @@ void Model::allocate_cache() {
 Model::Step Model::prepare(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows) {
   const int32_t tokens = batch.num_tokens, seqs = batch.num_seqs;
   const int32_t max_blocks = (config_.n_positions + kBlockTokens - 1) / kBlockTokens;
-  // No more tiles than tokens; 16 integers for the alignment of each array.
-  arrays_.start(static_cast<size_t>(tokens) * 6 + static_cast<size_t>(seqs) * max_blocks +
-                num_rows + 16 * 8);
+  // No more tiles than tokens; four integers for the alignment of each array.
+  arrays_.start(static_cast<size_t>(tokens) * 7 + static_cast<size_t>(seqs) * max_blocks +
+                num_rows + 4 * 9);
   Step step;
   step.num_rows = num_rows;
   step.tokens.count = tokens;
   step.tokens.max_blocks = max_blocks;
   std::copy_n(batch.token_ids, tokens, arrays_.take(tokens, step.tokens.ids));
   std::copy_n(batch.positions, tokens, arrays_.take(tokens, step.tokens.positions));
+  int32_t* slots = arrays_.take(tokens, step.tokens.slots);
   int32_t* sequence = arrays_.take(tokens, step.tokens.sequence);
   int32_t* table = arrays_.take(static_cast<size_t>(seqs) * max_blocks, step.tokens.block_table);
   std::copy_n(rows, num_rows, arrays_.take(num_rows, step.rows));
@@ -258,6 +259,11 @@ Model::Step Model::prepare(const ops::RaggedBatch& batch, const int32_t* rows, i
   for (int32_t b = 0; b < seqs; ++b) {
     const int32_t begin = batch.query_start[b], end = batch.query_start[b + 1];
     std::fill(sequence + begin, sequence + end, b);
+    for (int32_t t = begin; t < end; ++t) {
+      const int32_t p = batch.positions[t];
+      const int32_t block = batch.block_table[int64_t{b} * batch.max_blocks + p / kBlockTokens];
+      slots[t] = block * kBlockTokens + p % kBlockTokens;
+    }
     const int32_t used = std::min(batch.max_blocks, max_blocks);
     std::copy_n(batch.block_table + int64_t{b} * batch.max_blocks, used,
                 table + int64_t{b} * max_blocks);

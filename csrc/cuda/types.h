@@ -4,6 +4,7 @@
 #include "core/dtype.h"
 #include "core/errors.h"
 #include "cuda/device.h"
+#include "kv/layout.h"
 
 namespace pyengine::cuda {
 
@@ -25,6 +26,11 @@ void with_type(DType dtype, F&& f) {
     default:
       throw InternalError("no activations are int8");
   }
+}
+
+// Which row of head_dim values (and which scale) of a layer's cache a slot has for a head.
+__device__ inline int64_t row_of_slot(int slot, int n_head, int head) {
+  return (int64_t{slot / kBlockTokens} * n_head + head) * kBlockTokens + slot % kBlockTokens;
 }
 
 inline unsigned blocks_of(int64_t n, int64_t size) {

@@ -200,9 +200,10 @@ TEST(dense_layers) {
       {3, 776, 17, Activation::none, Output::f32, false},
       {5, 8, 5, Activation::gelu_erf, Output::act, true},
       {8, 512, 20, Activation::none, Output::add, true},
+      {3, 3080, 21, Activation::none, Output::add, true},
       {9, 40, 70, Activation::none, Output::add, true},
       {17, 1200, 35, Activation::gelu_tanh, Output::act, true},
-      {40, 2104, 18, Activation::none, Output::add, true},
+      {50, 2104, 18, Activation::none, Output::add, true},
       {64, 64, 64, Activation::relu, Output::act, true},
       {65, 72, 67, Activation::silu, Output::act, false},
       {100, 296, 33, Activation::none, Output::f32, false},
@@ -296,6 +297,17 @@ TEST(a_dense_layer_of_a_norm_is_both_in_turn) {
   }
 }
 
+std::vector<int32_t> slots_of(const std::vector<int32_t>& positions,
+                              const std::vector<int32_t>& sequence,
+                              const std::vector<int32_t>& table, int max_blocks) {
+  std::vector<int32_t> slots;
+  for (size_t t = 0; t < positions.size(); ++t) {
+    const int block = table[sequence[t] * max_blocks + positions[t] / kBlockTokens];
+    slots.push_back(block * kBlockTokens + positions[t] % kBlockTokens);
+  }
+  return slots;
+}
+
 // Queries to the output, keys and values where write_kv puts them.
 TEST(keys_and_values_are_written_by_the_dense_layer) {
   const int n_head = 3, head_dim = 16, channels = n_head * head_dim, k = channels;
@@ -317,10 +329,9 @@ TEST(keys_and_values_are_written_by_the_dense_layer) {
         const std::vector<float> nothing(cache_size, 0);
         Array keys(stream, act, nothing), values(stream, act, nothing);
         Array out(stream, act, m * 3 * channels);
-        Integers p(stream, positions), s(stream, sequence), t(stream, table);
+        Integers slots(stream, slots_of(positions, sequence, table, max_blocks));
         Tokens tokens;
-        tokens.positions = p.data(), tokens.sequence = s.data(), tokens.block_table = t.data();
-        tokens.count = m, tokens.max_blocks = max_blocks;
+        tokens.slots = slots.data(), tokens.count = m;
         const KVLayer cache{act, n_head, head_dim, keys.data(), values.data()};
         const Dense layer{ws.data(), b.f32(), nullptr, k, 3 * channels};
         const Output output = at_once ? Output::qkv : Output::act;
@@ -469,9 +480,11 @@ void check_attention(const AttentionCase& c) {
       if (host->positions.empty()) continue;
       Array qkv(stream, c.act, rows_of(*host));
       Integers positions(stream, host->positions), sequence(stream, host->sequence);
+      Integers slots(stream, slots_of(host->positions, host->sequence, table, max_blocks));
       Integers single(stream, host->single), tiles(stream, host->tiles);
       Tokens tokens;
       tokens.positions = positions.data();
+      tokens.slots = slots.data();
       tokens.sequence = sequence.data();
       tokens.block_table = device_table.data();
       tokens.count = static_cast<int32_t>(host->positions.size());
