@@ -184,7 +184,10 @@ void check_dense(DType act, const DenseCase& c, bool by_blas) {
       double y = activated(c.biased ? sum + bias[j] : sum, c.activation);
       if (c.output == Output::add) y += before[r * c.n + j];
       expected.push_back(y);
-      allowed.push_back(1e-6 * (size + 2) + epsilon(out_type) * std::abs(y));
+      // cuBLASLt's tanh is the hardware's where the result is rounded anyway.
+      const bool rough = by_blas && c.activation == ops::Activation::gelu_tanh && act != DType::f32;
+      allowed.push_back(1e-6 * (size + 2) + epsilon(out_type) * std::abs(y) +
+                        (rough ? 0x1p-11 * std::abs(sum) : 0));
     }
   }
   check_close(got, expected, allowed,

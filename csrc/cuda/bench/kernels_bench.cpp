@@ -250,8 +250,14 @@ CacheOperands take_cache(Memory& memory, const ModelShape& model, DType act, DTy
   }
   std::iota(table.begin(), table.end(), 0);
   std::shuffle(table.begin(), table.end(), std::mt19937(1));
+  std::vector<int32_t> slots;
+  for (size_t t = 0; t < positions.size(); ++t) {
+    const int block = table[sequence[t] * r.blocks() + positions[t] / kBlockTokens];
+    slots.push_back(block * kBlockTokens + positions[t] % kBlockTokens);
+  }
   CacheOperands o;
   o.tokens.positions = memory.integers(positions);
+  o.tokens.slots = memory.integers(slots);
   o.tokens.sequence = memory.integers(sequence);
   o.tokens.block_table = memory.integers(table);
   o.tokens.count = r.tokens();
