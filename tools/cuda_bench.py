@@ -84,7 +84,7 @@ class Session:
         print(f"{step:<10}{name:<34}{status:<14}{outcome['seconds']:>6.1f} s", flush=True)
         if status != "ok":
             self.failed.append(name)
-            print("    " + "\n    ".join(said.splitlines()[-25:]), flush=True)
+            print("\n".join("    " + line[-200:] for line in said.splitlines()[-25:]), flush=True)
         rows = json_lines(said)
         for row in rows:
             row["peak_mib"] = self._memory.peak_mib()
@@ -213,21 +213,27 @@ def kernels(session: Session, args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def checkpoint(session: Session, step: str, model: str, directory: str) -> bool:
+    make = [sys.executable, _PEERS, "checkpoint", model, directory]
+    return session.ran(step, f"{model}: checkpoint", make, 60)
+
+
 def workloads(session: Session, args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     common = ["--workload", args.workload, "--repeats", str(args.repeats)]
+    python = [sys.executable]
     with tempfile.TemporaryDirectory() as directory:
+        made = [
+            (model, str(Path(directory) / model))
+            for model in args.models.split(",")
+            if checkpoint(session, "workloads", model, str(Path(directory) / model))
+        ]
 
         def run(engine: str, command: list[str], limit: float) -> None:
-            for model in args.models.split(","):
-                checkpoint = str(Path(directory) / model)
-                found = session.run("workloads", f"{model}: {engine}", [*command, checkpoint], limit)
+            for model, path in made:
+                found = session.run("workloads", f"{model}: {engine}", [*command, path], limit)
                 rows.extend({**row, "model": model} for row in found)
 
-        python = [sys.executable]
-        for model in args.models.split(","):
-            make = [*python, _PEERS, "checkpoint", model, str(Path(directory) / model)]
-            session.run("workloads", f"{model}: checkpoint", make, 60)
         own = [*python, "-m", "pyengine", "bench", "--device", "cuda", "--json", *common, "--model"]
         run("pyengine", own, 90)
         if not args.alone:
@@ -242,8 +248,8 @@ def ncu(session: Session, args: argparse.Namespace) -> list[Row]:
     metrics = ",".join(cuda_tables.NCU_METRICS)
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory() as directory:
-            make = [sys.executable, _PEERS, "checkpoint", model, directory]
-            session.run("ncu", f"{model}: checkpoint", make, 60)
+            if not checkpoint(session, "ncu", model, directory):
+                continue
             report = Path(directory) / "report.csv"
             command = ["ncu", "--clock-control", "none", "--metrics", metrics, "--csv", "--page", "raw"]
             command += ["--log-file", str(report), sys.executable, "-m", "pyengine", "generate"]
