@@ -3,10 +3,9 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
+#include <cstdio>
+#include <string>
 #include <thread>
-#include <vector>
 
 namespace pyengine {
 
@@ -25,22 +24,36 @@ int affinity_cpus() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+// The whole file, or nothing. Not by streams: where two copies of libstdc++ are in one process, as
+// with other people's extension modules, their locales clash.
+std::string contents(const std::string& path) {
+  std::string text;
+  std::FILE* file = std::fopen(path.c_str(), "re");
+  if (file == nullptr) return text;
+  char piece[4096];
+  for (size_t n; (n = std::fread(piece, 1, sizeof piece, file)) > 0;) text.append(piece, n);
+  std::fclose(file);
+  return text;
+}
+
 int rounded_up(double quota, double period) {
   if (quota <= 0 || period <= 0) return 0;
   return std::max(1, static_cast<int>((quota + period - 1) / period));
 }
 
-int v2_limit(const std::string& directory) {
-  std::ifstream file(directory + "/cpu.max");  // "max 100000" or "150000 100000"
+int v2_limit(const std::string& directory) {  // "max 100000" or "150000 100000"
   double quota = 0, period = 0;
-  return file >> quota >> period ? rounded_up(quota, period) : 0;
+  const std::string text = contents(directory + "/cpu.max");
+  return std::sscanf(text.c_str(), "%lf %lf", &quota, &period) == 2 ? rounded_up(quota, period) : 0;
 }
 
 int v1_limit(const std::string& directory) {
-  std::ifstream quota_file(directory + "/cpu.cfs_quota_us");  // -1: no quota
-  std::ifstream period_file(directory + "/cpu.cfs_period_us");
-  double quota = 0, period = 0;
-  return quota_file >> quota && period_file >> period ? rounded_up(quota, period) : 0;
+  double quota = 0, period = 0;  // -1: no quota
+  const std::string quota_text = contents(directory + "/cpu.cfs_quota_us");
+  const std::string period_text = contents(directory + "/cpu.cfs_period_us");
+  const bool both = std::sscanf(quota_text.c_str(), "%lf", &quota) == 1 &&
+                    std::sscanf(period_text.c_str(), "%lf", &period) == 1;
+  return both ? rounded_up(quota, period) : 0;
 }
 
 // The smallest limit on the way from `path` up to the root of the hierarchy: a child's quota does
@@ -59,9 +72,11 @@ int limit_upwards(const std::string& mount, std::string path, int (*limit)(const
 }  // namespace
 
 int cgroup_cpu_limit(const std::string& root) {
-  std::ifstream file(root + "/proc/self/cgroup");  // "0::/a/b" (v2), "4:cpu,cpuacct:/a/b" (v1)
+  const std::string text = contents(root + "/proc/self/cgroup");
   int best = 0;
-  for (std::string line; std::getline(file, line);) {
+  for (size_t begin = 0, end; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find('\n', begin), text.size());
+    const std::string line = text.substr(begin, end - begin);  // "0::/a/b", "4:cpu,cpuacct:/a/b"
     size_t first = line.find(':');
     size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
@@ -72,10 +87,7 @@ int cgroup_cpu_limit(const std::string& root) {
     if (controllers.empty()) {
       here = limit_upwards(root + "/sys/fs/cgroup", path, v2_limit);
     } else {
-      std::istringstream names(controllers);
-      bool has_cpu = false;
-      for (std::string name; std::getline(names, name, ',');) has_cpu = has_cpu || name == "cpu";
-      if (!has_cpu) continue;
+      if (("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
       here = limit_upwards(root + "/sys/fs/cgroup/" + controllers, path, v1_limit);
       if (here == 0) here = limit_upwards(root + "/sys/fs/cgroup/cpu", path, v1_limit);
     }

@@ -1,5 +1,5 @@
 // Attention over the paged cache. A sequence with one new token: flash-decoding, a block per
-// segment of 256 keys and head, partial results merged in order. A sequence with more: tiles of
+// segment of 64 keys and head, partial results merged in order. A sequence with more: tiles of
 // queries against tiles of keys with a running softmax, on tensor cores where the cache is float16
 // or bfloat16 (FlashAttention-2, Dao 2023), otherwise in float32.
 #include <cmath>
@@ -31,36 +31,67 @@ __device__ inline float scale_of(const float* scales, int64_t row) {
   return sizeof(KV) == 1 ? scales[row] : 1.0f;
 }
 
-constexpr int kSegment = ops::kKeySegment, kDecodeThreads = 256;
+constexpr int kDecodeThreads = 128;
+// Keys of a lane, and values of a thread, that are on their way at the same time.
+constexpr int kLaneKeys = kDecodeSegment / (kDecodeThreads / 8), kThreadValues = 4;
 
 // Grid (singles, heads, segments). Scores: eight lanes per key, which read its row 16 bytes at a
 // time and side by side. Values: groups of head_dim / 8 threads, each thread with eight channels of
-// every so many-th key. `partial` is null where there is one segment only: the result then goes to
-// `out`.
-// Budget of decode_attention<*>: 256 threads, 80 registers, 10336 bytes shared; LDG.128
-// Budget of decode_attention<*, signed char>: 256 threads, 80 registers, 10336 bytes shared; LDG.64
-// Budget of decode_attention<float, signed char>: 256 threads, 80 registers, 10336 bytes shared
+// every so many-th key. Keys and values of earlier steps are asked for before the kernel before has
+// ended; only those of the token itself are its. `partial` is null where there is one segment only:
+// the result then goes to `out`.
+// Budget of decode_attention<*>: 128 threads, 104 registers, 5392 bytes shared; LDG.128
+// Budget of decode_attention<*, signed char>: 128 threads, 104 registers, 5392 bytes shared; LDG.64
+// Budget of decode_attention<float, float>: 128 threads, 128 registers, 5392 bytes shared; LDG.128
+// Budget of decode_attention<float, signed char>: 128 threads, 104 registers, 5392 bytes shared
 template <class T, class KV>
-__global__ void __launch_bounds__(kDecodeThreads, 3)
+__global__ void __launch_bounds__(kDecodeThreads, sizeof(KV) == 4 ? 4 : 5)
     decode_attention(const T* qkv, Tokens tokens, const int32_t* single, Cache<KV> cache,
                      float scale, float* partial, T* out) {
   PYENGINE_SHARED(q, float[kMaxHeadDim]);
-  PYENGINE_SHARED(table, int32_t[kSegment / kBlockTokens]);
-  PYENGINE_SHARED(weights, float[kSegment]);
+  PYENGINE_SHARED(weights, float[kDecodeSegment]);
   PYENGINE_SHARED(scratch, float[kDecodeThreads / 32]);
   PYENGINE_SHARED(sums, float[kDecodeThreads * 8]);
   const int head_dim = cache.head_dim, head = static_cast<int>(blockIdx.y);
   const int64_t token = single[blockIdx.x];
-  const int begin = static_cast<int>(blockIdx.z) * kSegment;
-  const int keys = tokens.positions[token] + 1 - begin;
-  const int n = keys < kSegment ? keys : kSegment;
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread * kBlockTokens < n) {
-    table[thread] = tokens.block_table[int64_t{tokens.sequence[token]} * tokens.max_blocks +
-                                       begin / kBlockTokens + thread];
+  const int32_t* table = tokens.block_table + int64_t{tokens.sequence[token]} * tokens.max_blocks;
+  const int begin = static_cast<int>(blockIdx.z) * kDecodeSegment;
+  const int newest = tokens.positions[token] - begin;  // of the segment's keys, if it is there
+  const int n = newest < kDecodeSegment ? newest + 1 : kDecodeSegment;
+  const int thread = static_cast<int>(threadIdx.x), part = thread % 8;
+  const int vectors = head_dim / 8, groups = kDecodeThreads / vectors;
+  const int group = thread / vectors, d0 = thread % vectors * 8;
+
+  int64_t key_row[kLaneKeys], value_row[kThreadValues];
+  Packed8<KV> keys[kLaneKeys] = {}, values[kThreadValues] = {};
+  auto key_of = [&](int u) { return thread / 8 + u * (kDecodeThreads / 8); };
+  auto value_of = [&](int u) { return group < groups ? group + u * groups : kDecodeSegment; };
+  auto read_both = [&](auto&& wanted) {
+#pragma unroll
+    for (int u = 0; u < kLaneKeys; ++u) {
+      if (key_of(u) < n && part * 8 < head_dim && wanted(key_of(u))) {
+        keys[u] = read8(cache.keys + key_row[u] * head_dim + part * 8);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kThreadValues; ++u) {
+      if (value_of(u) < n && wanted(value_of(u))) {
+        values[u] = read8(cache.values + value_row[u] * head_dim + d0);
+      }
+    }
+  };
+#pragma unroll
+  for (int u = 0; u < kLaneKeys; ++u) {
+    key_row[u] = key_of(u) < n ? cache.row(table, begin + key_of(u), head) : 0;
   }
+#pragma unroll
+  for (int u = 0; u < kThreadValues; ++u) {
+    value_row[u] = value_of(u) < n ? cache.row(table, begin + value_of(u), head) : 0;
+  }
+  read_both([&](int j) { return j != newest; });
   start_after_previous();
-  if (keys <= 0) return;  // the whole block
+  if (n <= 0) return;  // the whole block
+  read_both([&](int j) { return j == newest; });
   const int64_t channels = int64_t{cache.n_head} * head_dim;
   for (int d = thread; d < head_dim; d += kDecodeThreads) {
     q[d] = widen(qkv[token * 3 * channels + head * head_dim + d]) * scale;
@@ -68,56 +99,52 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   __syncthreads();
 
   float best = -INFINITY;
-  const int part = thread % 8;
-  constexpr int kTogether = 4, kStep = kDecodeThreads / 8;  // keys of a lane that are on their way
-  for (int j0 = thread / 8; j0 - thread % 32 / 8 < n; j0 += kTogether * kStep) {  // by whole warps
-    int64_t row[kTogether];
-    float score[kTogether] = {};
 #pragma unroll
-    for (int u = 0; u < kTogether; ++u) {  // keys beyond the last: the last, not stored
-      const int j = j0 + u * kStep;
-      row[u] = cache.row(table, j < n ? j : n - 1, head);
-    }
-    for (int d = part * 8; d < head_dim; d += 64) {
-      float k8[kTogether][8];
+  for (int u = 0; u < kLaneKeys; ++u) {
+    const int j = key_of(u);
+    float score = 0;
+    if (j < n) {
+      float k8[8];
+      unpack8(keys[u], k8);
+      for (int d = part * 8; d < head_dim; d += 64) {
+        if (d >= 64) load8(cache.keys + key_row[u] * head_dim + d, k8);
 #pragma unroll
-      for (int u = 0; u < kTogether; ++u) load8(cache.keys + row[u] * head_dim + d, k8[u]);
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) score[u] += k8[u][i] * q[d + i];
+        for (int i = 0; i < 8; ++i) score += k8[i] * q[d + i];
       }
     }
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const float total = warp_sum(score[u], 8) * scale_of<KV>(cache.key_scales, row[u]);
-      if (j0 + u * kStep >= n) continue;
-      if (part == 0) weights[j0 + u * kStep] = total;
-      best = fmaxf(best, total);
-    }
+    score = warp_sum(score, 8);
+    if (j >= n) continue;
+    score *= scale_of<KV>(cache.key_scales, key_row[u]);
+    if (part == 0) weights[j] = score;
+    best = fmaxf(best, score);
   }
   best = block_max(best, scratch);
   float sum = 0;
   for (int j = thread; j < n; j += kDecodeThreads) {
     const float weight = expf(weights[j] - best);
     sum += weight;
-    weights[j] = weight * scale_of<KV>(cache.value_scales, cache.row(table, j, head));
+    weights[j] = weight * scale_of<KV>(cache.value_scales, cache.row(table, begin + j, head));
   }
   sum = block_sum(sum, scratch);  // its barriers also let everyone see the weights
 
-  const int vectors = head_dim / 8, groups = kDecodeThreads / vectors;
-  const int group = thread / vectors, d = thread % vectors * 8;
   float acc[8] = {};
-  if (group < groups) {
-#pragma unroll 4
-    for (int j = group; j < n; j += groups) {
-      float v8[8];
-      load8(cache.values + cache.row(table, j, head) * head_dim + d, v8);
+  auto weigh = [&](int j, const float (&v8)[8]) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) acc[i] += weights[j] * v8[i];
-    }
-    store8(sums + group * head_dim + d, acc);
+    for (int i = 0; i < 8; ++i) acc[i] += weights[j] * v8[i];
+  };
+#pragma unroll
+  for (int u = 0; u < kThreadValues; ++u) {
+    if (value_of(u) >= n) continue;
+    float v8[8];
+    unpack8(values[u], v8);
+    weigh(value_of(u), v8);
   }
+  for (int j = value_of(kThreadValues); j < n; j += groups) {  // of large heads
+    float v8[8];
+    load8(cache.values + cache.row(table, begin + j, head) * head_dim + d0, v8);
+    weigh(j, v8);
+  }
+  if (group < groups) store8(sums + group * head_dim + d0, acc);
   __syncthreads();
   float* result = partial;
   if (partial != nullptr) {
@@ -130,6 +157,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   }
   for (int c = thread; c < head_dim; c += kDecodeThreads) {
     float total = sums[c];
+#pragma unroll 4
     for (int g = 1; g < groups; ++g) total += sums[g * head_dim + c];
     if (partial != nullptr) {
       result[2 + c] = total;
@@ -145,15 +173,17 @@ template <class T>
 __global__ void __launch_bounds__(64)
     merge_segments(const float* partial, Tokens tokens, const int32_t* single, int head_dim,
                    int segments, T* out) {
-  start_after_previous();
   const int64_t token = single[blockIdx.x];
   const int64_t place = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   const float* parts = partial + place * segments * (head_dim + 2);
-  const int used = tokens.positions[token] / kSegment + 1;
+  const int used = tokens.positions[token] / kDecodeSegment + 1;
+  start_after_previous();
   float best = parts[0];
+#pragma unroll 8
   for (int s = 1; s < used; ++s) best = fmaxf(best, parts[s * (head_dim + 2)]);
   for (int c = static_cast<int>(threadIdx.x); c < head_dim; c += 64) {
     float sum = 0, total = 0;
+#pragma unroll 4
     for (int s = 0; s < used; ++s) {
       const float* part = parts + s * (head_dim + 2);
       const float weight = expf(part[0] - best);

@@ -76,7 +76,8 @@ struct Epilogue {
 // Up to kFewRows rows of f16 or bf16; of layer_norm(x) if `norm` is not null, for which x is f32
 // with at most kNormedRows rows of kNormedChannels, and `layer` is not wide. A wide layer (the
 // head) is cut otherwise. csrc/cuda/dense_rows.cu
-constexpr int kNormedRows = 8, kNormedChannels = 2040, kWide = 8192;
+// A norm of longer rows is faster by itself: in registers it would leave no room for other blocks.
+constexpr int kNormedRows = 8, kNormedChannels = 1024, kWide = 8192;
 template <class T>
 void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
                 const Epilogue<T>& epilogue);

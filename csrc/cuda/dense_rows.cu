@@ -32,7 +32,7 @@ using Wide = Cut<2, 4>;
 
 // Chunks of each warp that are on their way: all of K = 768, and of K = 3072 for few rows.
 __host__ __device__ constexpr int ahead_of(int row_tiles, int warps) {
-  if (warps == 16) return row_tiles <= 2 ? 6 : row_tiles == 4 ? 3 : 2;
+  if (warps == 16) return row_tiles <= 2 ? 6 : row_tiles == 4 ? 3 : 1;
   return 3;
 }
 
@@ -45,21 +45,19 @@ __host__ __device__ constexpr int norm_pitch(int64_t k) {
 // Sums that are in shared memory at a time: 16 warps first add theirs in pairs.
 __host__ __device__ constexpr int parts_of(int warps) { return warps < 8 ? warps : 8; }
 
-// x: (m, k) of T, or f32 rows that are to be normed first if kNormVectors is not 0.
+// x: (m, k) of T, or f32 rows that are to be normed first if kNormed.
 // Shared memory: sums, [parts][rows][columns + 4]; then normed rows.
 // Budget of dense_rows_kernel<*, [124], 1, 8, 0>: 256 threads, 80 registers; HMMA LDG.128
 // Budget of dense_rows_kernel<*, 8, 1, 8, 0>: 256 threads, 104 registers; HMMA LDG.128
 // Budget of dense_rows_kernel<*, *, 1, 16, 0>: 512 threads, 128 registers; HMMA LDG.128
 // Budget of dense_rows_kernel<*, [124], 2, 4, 0>: 128 threads, 136 registers; HMMA LDG.128
 // Budget of dense_rows_kernel<*, 8, 2, 4, 0>: 128 threads, 176 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, 1, 1, 8, 4>: 256 threads, 128 registers; HMMA LDG.128 LDS.128
-// Budget of dense_rows_kernel<*, 1, 1, 8, 8>: 256 threads, 208 registers; HMMA LDG.128 LDS.128
-template <class T, int kRowTiles, int kColumnTiles, int kWarps, int kNormVectors>
+// Budget of dense_rows_kernel<*, 1, 1, 8, 1>: 256 threads, 128 registers; HMMA LDG.128 LDS.128
+template <class T, int kRowTiles, int kColumnTiles, int kWarps, bool kNormed>
 __global__ void __launch_bounds__(kWarps * 32)
     dense_rows_kernel(const void* x, Norm norm, const T* w, int m, int64_t k,
                       Epilogue<T> epilogue) {
   constexpr int kAhead = ahead_of(kRowTiles, kWarps);
-  constexpr bool kNormed = kNormVectors > 0;
   constexpr int kColumns = 16 * kColumnTiles, kRows = 8 * kRowTiles, kPitch = kColumns + 4;
   constexpr int kParts = parts_of(kWarps), kStep = kWarps * kChunk;
   PYENGINE_DYNAMIC_SHARED(memory);
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(kWarps * 32)
   const int pitch = kNormed ? norm_pitch(k) : 0;
   if constexpr (kNormed) {
     if (warp < m) {
-      normalise_row<kNormVectors>(
+      normalise_row<norm_vectors(kNormedChannels)>(
           static_cast<const float*>(x) + warp * k, static_cast<int>(k), norm, lane,
           [&](int c, const float (&v)[8]) { store8(normed + warp * pitch + c, v); });
     }
@@ -170,14 +168,14 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-template <class T, int kRowTiles, class Cut, int kNormVectors = 0>
+template <class T, int kRowTiles, class Cut, bool kNormed = false>
 void run(Stream& stream, const void* x, const Norm& norm, int m, const Dense& layer,
          const Epilogue<T>& epilogue) {
   constexpr int kColumns = 16 * Cut::kColumnTiles;
   const size_t shared = sizeof(float) * parts_of(Cut::kWarps) * 8 * kRowTiles * (kColumns + 4) +
-                        (kNormVectors > 0 ? sizeof(T) * m * norm_pitch(layer.k) : 0);
+                        (kNormed ? sizeof(T) * m * norm_pitch(layer.k) : 0);
   launch("dense_rows", stream,
-         dense_rows_kernel<T, kRowTiles, Cut::kColumnTiles, Cut::kWarps, kNormVectors>,
+         dense_rows_kernel<T, kRowTiles, Cut::kColumnTiles, Cut::kWarps, kNormed>,
          blocks_of(layer.n, kColumns), Cut::kWarps * 32, shared, x, norm,
          static_cast<const T*>(layer.weight), m, layer.k, epilogue);
 }
@@ -196,12 +194,7 @@ void by_rows(Stream& stream, const void* x, int m, const Dense& layer,
 template <class T>
 void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
                 const Epilogue<T>& epilogue) {
-  if (norm != nullptr) {
-    if (layer.k > norm_channels(4)) {
-      return run<T, 1, Usual, 8>(stream, x, *norm, num_rows, layer, epilogue);
-    }
-    return run<T, 1, Usual, 4>(stream, x, *norm, num_rows, layer, epilogue);
-  }
+  if (norm != nullptr) return run<T, 1, Usual, true>(stream, x, *norm, num_rows, layer, epilogue);
   if (layer.n >= kWide) return by_rows<T, Wide>(stream, x, num_rows, layer, epilogue);
   if (layer.k >= kLong) return by_rows<T, Long>(stream, x, num_rows, layer, epilogue);
   by_rows<T, Usual>(stream, x, num_rows, layer, epilogue);

@@ -110,32 +110,50 @@ __device__ inline float high_of(uint32_t word, f16) {
 }
 #endif
 
-// Eight neighbouring values; `p` at a multiple of 16 bytes (8 for int8_t).
+// Eight neighbouring values as they lie in memory.
 template <class T>
-__device__ inline void load8(const T* p, float (&out)[8]) {
-  const uint4 words = *reinterpret_cast<const uint4*>(p);
-  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+struct Packed8 {
+  uint4 words;
+};
+template <>
+struct Packed8<float> {
+  float4 low, high;
+};
+template <>
+struct Packed8<int8_t> {
+  uint2 words;
+};
+
+// `p` at a multiple of 16 bytes (8 for int8_t).
+template <class T>
+__device__ inline Packed8<T> read8(const T* p) {
+  return *reinterpret_cast<const Packed8<T>*>(p);
+}
+
+template <class T>
+__device__ inline void unpack8(const Packed8<T>& packed, float (&out)[8]) {
+  const uint32_t w[4] = {packed.words.x, packed.words.y, packed.words.z, packed.words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     out[2 * i] = low_of(w[i], T{});
     out[2 * i + 1] = high_of(w[i], T{});
   }
 }
-template <>
-__device__ inline void load8<float>(const float* p, float (&out)[8]) {
-  const float4 a = *reinterpret_cast<const float4*>(p);
-  const float4 b = *reinterpret_cast<const float4*>(p + 4);
-  out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-  out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+__device__ inline void unpack8(const Packed8<float>& packed, float (&out)[8]) {
+  out[0] = packed.low.x, out[1] = packed.low.y, out[2] = packed.low.z, out[3] = packed.low.w;
+  out[4] = packed.high.x, out[5] = packed.high.y, out[6] = packed.high.z, out[7] = packed.high.w;
 }
-template <>
-__device__ inline void load8<int8_t>(const int8_t* p, float (&out)[8]) {
-  const uint2 words = *reinterpret_cast<const uint2*>(p);
+__device__ inline void unpack8(const Packed8<int8_t>& packed, float (&out)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out[i] = static_cast<float>(static_cast<int8_t>(words.x >> (8 * i)));
-    out[4 + i] = static_cast<float>(static_cast<int8_t>(words.y >> (8 * i)));
+    out[i] = static_cast<float>(static_cast<int8_t>(packed.words.x >> (8 * i)));
+    out[4 + i] = static_cast<float>(static_cast<int8_t>(packed.words.y >> (8 * i)));
   }
+}
+
+template <class T>
+__device__ inline void load8(const T* p, float (&out)[8]) {
+  unpack8(read8(p), out);
 }
 
 template <class T>

@@ -36,12 +36,12 @@ struct Tokens {
 
 // How attention goes over the tokens: sequences with one new token by themselves, the others in
 // tiles of up to kQueryTile tokens of one sequence.
-constexpr int kQueryTile = 64;
+constexpr int kQueryTile = 64, kDecodeSegment = 64;
 struct AttentionPlan {
   const int32_t* single = nullptr;  // (num_single,) token
   const int32_t* tiles = nullptr;   // (num_tiles, 2) first token, number of tokens
   int32_t num_single = 0, num_tiles = 0;
-  int32_t segments = 1;      // of kKeySegment keys: enough for the longest context of `single`
+  int32_t segments = 1;      // of kDecodeSegment keys: enough for the longest context of `single`
   float* partial = nullptr;  // (num_single, H, segments, head_dim + 2)
 };
 inline int64_t partial_floats(int64_t num_single, int n_head, int head_dim, int segments) {
@@ -87,9 +87,10 @@ struct DenseResult {
 };
 
 // y = activation(x w + bias); x (R, K) act; out (R, N). Up to kFewRows rows (kFewRowsF32 in
-// float32) read the weights once and are reduced alike, whatever their number. More rows are
-// cuBLASLt's where it can (csrc/cuda/blas.h), if `blas` is not null.
-constexpr int kFewRows = 64, kFewRowsF32 = 8;
+// float32) read the weights once and are reduced alike, whatever their number. If `blas` is not
+// null, more than kFewRowsBlas rows (kFewRowsF32) are cuBLASLt's where it is faster
+// (csrc/cuda/blas.h).
+constexpr int kFewRows = 64, kFewRowsF32 = 8, kFewRowsBlas = 16;
 void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, const Dense& layer,
            const DenseResult& result);
 

@@ -279,7 +279,8 @@ Model::Step Model::prepare(const ops::RaggedBatch& batch, const int32_t* rows, i
       tile[1] = std::min(kQueryTile, end - i);
     }
   }
-  step.plan.segments = (longest + ops::kKeySegment - 1) / ops::kKeySegment;
+  // A power of two, so that few graphs are captured; segments without keys end at once.
+  while (step.plan.segments * kDecodeSegment < longest) step.plan.segments *= 2;
   return step;
 }
 

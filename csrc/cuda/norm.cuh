@@ -6,16 +6,16 @@
 
 namespace pyengine::cuda {
 
-// Channels that a warp can keep in so many vectors of 8 per lane.
-__host__ __device__ constexpr int norm_channels(int vectors) { return vectors * 256; }
+// How many vectors of 8 channels each lane has, if the row is to stay in registers.
+__host__ __device__ constexpr int norm_vectors(int channels) { return (channels + 255) / 256; }
 
 // Calls store(c, v): v are the values of channels [c, c + 8). The row is read at once and kept in
-// registers, as its memory is slow to answer; one that is longer than norm_channels(kVectors) is
-// read again for the mean, the variance and the result.
+// registers, as its memory is slow to answer; one that has more than kVectors
+// per lane is read again for the mean, the variance and the result.
 template <int kVectors, class Store>
 __device__ inline void normalise_row(const float* row, int channels, const Norm& norm, int lane,
                                      Store&& store) {
-  constexpr int kKept = norm_channels(kVectors);
+  constexpr int kKept = kVectors * 256;  // channels
   float v[kVectors][8];
   auto load = [&](int c0) {
 #pragma unroll

@@ -266,7 +266,7 @@ CacheOperands take_cache(Memory& memory, const ModelShape& model, DType act, DTy
   o.plan.tiles = memory.integers(tiles);
   o.plan.num_single = static_cast<int32_t>(single.size());
   o.plan.num_tiles = static_cast<int32_t>(tiles.size() / 2);
-  o.plan.segments = (r.context + ops::kKeySegment - 1) / ops::kKeySegment;
+  o.plan.segments = (r.context + kDecodeSegment - 1) / kDecodeSegment;
   o.plan.partial = memory.take<float>(
       4 * partial_floats(o.plan.num_single, model.n_head, model.head_dim(), o.plan.segments));
   const size_t keys = table.size() * kBlockTokens * model.channels;
