@@ -164,8 +164,14 @@ MUTANTS = (
     Mutant(
         "decode: a key too many",
         _ATTENTION,
-        "tokens.positions[token] + 1 - begin",
-        "tokens.positions[token] + 2 - begin",
+        "kDecodeSegment ? newest + 1 : kDecodeSegment",
+        "kDecodeSegment ? newest + 2 : kDecodeSegment",
+    ),
+    Mutant(
+        "decode: the token's own key and value are never read",
+        _ATTENTION,
+        "  read_both([&](int j) { return j == newest; });\n",
+        "",
     ),
     Mutant(
         "decode: no barrier after the query",
@@ -185,9 +191,7 @@ MUTANTS = (
         "scale_of<KV>(cache.value_scales, cache.row",
         "scale_of<KV>(cache.key_scales, cache.row",
     ),
-    Mutant(
-        "merge: one segment too few", _ATTENTION, "/ kSegment + 1;\n  float best", "/ kSegment;\n  float best"
-    ),
+    Mutant("merge: one segment too few", _ATTENTION, "/ kDecodeSegment + 1;", "/ kDecodeSegment;"),
     Mutant(
         "prefill_f32: no barrier before the tile is overwritten",
         _ATTENTION,

@@ -47,12 +47,12 @@ __host__ __device__ constexpr int parts_of(int warps) { return warps < 8 ? warps
 
 // x: (m, k) of T, or f32 rows that are to be normed first if kNormed.
 // Shared memory: sums, [parts][rows][columns + 4]; then normed rows.
-// Budget of dense_rows_kernel<*, [124], 1, 8, 0>: 256 threads, 80 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, 8, 1, 8, 0>: 256 threads, 104 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, *, 1, 16, 0>: 512 threads, 128 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, [124], 2, 4, 0>: 128 threads, 136 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, 8, 2, 4, 0>: 128 threads, 176 registers; HMMA LDG.128
-// Budget of dense_rows_kernel<*, 1, 1, 8, 1>: 256 threads, 128 registers; HMMA LDG.128 LDS.128
+// Budget of dense_rows_kernel<*, [124], 1, 8, false>: 256 threads, 104 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 8, 1, 8, false>: 256 threads, 104 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, *, 1, 16, false>: 512 threads, 128 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, [124], 2, 4, false>: 128 threads, 136 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 8, 2, 4, false>: 128 threads, 176 registers; HMMA LDG.128
+// Budget of dense_rows_kernel<*, 1, 1, 8, true>: 256 threads, 128 registers; HMMA LDG.128 LDS.128
 template <class T, int kRowTiles, int kColumnTiles, int kWarps, bool kNormed>
 __global__ void __launch_bounds__(kWarps * 32)
     dense_rows_kernel(const void* x, Norm norm, const T* w, int m, int64_t k,
