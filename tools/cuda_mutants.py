@@ -255,7 +255,7 @@ MUTANTS = (
         "best = fmaxf(best, scratch[i]);\n  __syncthreads();\n",
         "best = fmaxf(best, scratch[i]);\n",
     ),
-    Mutant("layer_norm: eps is left out", _ROWS, "sqrtf(variance + eps)", "sqrtf(variance)"),
+    Mutant("layer_norm: eps is left out", "cuda/norm.cuh", "sqrtf(variance + norm.eps)", "sqrtf(variance)"),
     Mutant(
         "embed: the position of the block, not of the token",
         _ROWS,
@@ -283,8 +283,8 @@ MUTANTS = (
     Mutant(
         "model: contexts of whole segments lose the last",
         "cuda/model.cu",
-        "(longest + ops::kKeySegment - 1)",
-        "(longest - 1)",
+        "kDecodeSegment < longest)",
+        "kDecodeSegment < longest - 1)",
     ),
     Mutant(
         "model: logits are read before they are there",
