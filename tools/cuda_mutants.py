@@ -243,6 +243,12 @@ MUTANTS = (
         "j * 16 + lane / 16 * 8 + lane % 8",
     ),
     Mutant(
+        "prefill: scales of the tile of keys before",
+        _ATTENTION,
+        "*= key_scales[key0 / kTileKeys % 2][key]",
+        "*= key_scales[0][key]",
+    ),
+    Mutant(
         "write_kv: the next slot",
         _ATTENTION,
         "slot = tokens.slots[t];",

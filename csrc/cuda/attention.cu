@@ -1,7 +1,7 @@
 // Attention over the paged cache. A sequence with one new token: flash-decoding, a block per
 // segment of 64 keys and head, partial results merged in order. A sequence with more: tiles of
 // queries against tiles of keys with a running softmax, on tensor cores where the cache is float16
-// or bfloat16 (FlashAttention-2, Dao 2023), otherwise in float32.
+// or bfloat16 (FlashAttention-2, Dao 2023), otherwise (float32, other head sizes) in float32.
 #include <cmath>
 
 #include "cuda/kernels.h"
@@ -298,17 +298,25 @@ __global__ void __launch_bounds__(128)
 // Grid (tiles, heads). FlashAttention-2: 64 queries, 16 per warp, against 64 keys at a time. While
 // scores are computed the values are on their way, and while values are weighed the next keys.
 // Scores leave one product in the very registers in which the next wants them.
+// The integers of an int8 cache are values of T as they are; their scales go to the scores and to
+// the probabilities. There are no asynchronous copies of them.
 // Budget of prefill_attention<*>: 128 threads, 168 registers; HMMA LDSM LDGSTS.128
-// Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM LDGSTS.128
-// Budget of prefill_attention<*, 128>: 128 threads, 232 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM
+// LDGSTS.128 Budget of prefill_attention<*, 128>: 128 threads, 232 registers; HMMA
+// LDSM LDGSTS.128 Budget of prefill_attention<*, signed char, *>: 128 threads, 232 registers, 768
+// bytes shared; HMMA LDSM
 constexpr int kTileKeys = 64;
-template <class T, int head_dim>
+template <class T, class KV, int head_dim>
 __global__ void __launch_bounds__(128, 1)
-    prefill_attention(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<T> cache,
+    prefill_attention(const T* qkv, Tokens tokens, const int32_t* tiles, Cache<KV> cache,
                       float scale, T* out) {
   start_after_previous();
   constexpr int kPitch = head_dim + 8;  // 16 bytes more: eight rows lie in 32 different banks
   constexpr int kVectors = head_dim / 8, kDepth = head_dim / 16;
+  constexpr bool kInt8 = sizeof(KV) == 1;
+  // Keys of the next tile come while this one's scales are still wanted.
+  PYENGINE_SHARED(key_scales, float[2][kInt8 ? kTileKeys : 1]);
+  PYENGINE_SHARED(value_scales, float[kInt8 ? kTileKeys : 1]);
   PYENGINE_DYNAMIC_SHARED(memory);
   T* const qs = reinterpret_cast<T*>(memory);  // [64][kPitch]
   T* const ks = qs + kQueryTile * kPitch;
@@ -320,14 +328,24 @@ __global__ void __launch_bounds__(128, 1)
   const int64_t channels = int64_t{cache.n_head} * head_dim;
   const int num_keys = tokens.positions[token0 + queries - 1] + 1;
 
-  auto load_rows = [&](const T* from, T* to, int key0) {
+  auto load_rows = [&](const KV* from, const float* scales, T* to, float* to_scales, int key0) {
     for (int i = thread; i < kTileKeys * kVectors; i += 128) {
       const int j = i / kVectors, d = i % kVectors * 8;
       const bool valid = key0 + j < num_keys;
+      const int64_t row = valid ? cache.row(table, key0 + j, head) : 0;
       // Zeros for what is not there: 0 times what memory may hold need not be 0.
-      copy_async(to + j * kPitch + d,
-                 valid ? from + cache.row(table, key0 + j, head) * head_dim + d : from, valid);
+      if constexpr (kInt8) {
+        float x[8] = {};
+        if (valid) load8(from + row * head_dim + d, x);
+        store8(to + j * kPitch + d, x);
+        if (d == 0) to_scales[j] = valid ? scales[row] : 0.0f;
+      } else {
+        copy_async(to + j * kPitch + d, valid ? from + row * head_dim + d : from, valid);
+      }
     }
+  };
+  auto load_keys = [&](int key0) {
+    load_rows(cache.keys, cache.key_scales, ks, key_scales[key0 / kTileKeys % 2], key0);
   };
   for (int i = thread; i < kQueryTile * kVectors; i += 128) {
     const int row = i / kVectors, d = i % kVectors * 8;
@@ -335,7 +353,7 @@ __global__ void __launch_bounds__(128, 1)
     copy_async(qs + row * kPitch + d,
                valid ? qkv + (token0 + row) * 3 * channels + head * head_dim + d : qkv, valid);
   }
-  load_rows(cache.keys, ks, 0);
+  load_keys(0);
   copy_async_commit();
 
   const float log2_scale = scale * 1.4426950409f;  // scores are powers of 2 from here on
@@ -351,7 +369,7 @@ __global__ void __launch_bounds__(128, 1)
   for (int key0 = 0; key0 < num_keys; key0 += kTileKeys) {
     copy_async_wait<0>();
     __syncthreads();  // keys are there, and nobody reads the values before any more
-    load_rows(cache.values, vs, key0);
+    load_rows(cache.values, cache.value_scales, vs, value_scales, key0);
     copy_async_commit();
     if (key0 == 0) {
 #pragma unroll
@@ -373,7 +391,7 @@ __global__ void __launch_bounds__(128, 1)
       }
     }
     __syncthreads();  // nobody reads these keys any more
-    if (key0 + kTileKeys < num_keys) load_rows(cache.keys, ks, key0 + kTileKeys);
+    if (key0 + kTileKeys < num_keys) load_keys(key0 + kTileKeys);
     copy_async_commit();
 
 #pragma unroll
@@ -383,8 +401,9 @@ __global__ void __launch_bounds__(128, 1)
       for (int j = 0; j < kTileKeys / 8; ++j) {
 #pragma unroll
         for (int e = 2 * r; e < 2 * r + 2; ++e) {
-          const int key = key0 + j * 8 + lane % 4 * 2 + e % 2;
-          scores[j][e] = key <= position[r] ? scores[j][e] * log2_scale : -INFINITY;
+          const int key = j * 8 + lane % 4 * 2 + e % 2;
+          if constexpr (kInt8) scores[j][e] *= key_scales[key0 / kTileKeys % 2][key];
+          scores[j][e] = key0 + key <= position[r] ? scores[j][e] * log2_scale : -INFINITY;
           top = fmaxf(top, scores[j][e]);
         }
       }
@@ -409,6 +428,13 @@ __global__ void __launch_bounds__(128, 1)
     }
     copy_async_wait<1>();
     __syncthreads();  // values are there
+    if constexpr (kInt8) {
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 8; ++j) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[j][e] *= value_scales[j * 8 + lane % 4 * 2 + e % 2];
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kTileKeys / 16; ++j) {
       const uint32_t p[4] = {pair_of<T>(scores[2 * j][0], scores[2 * j][1]),
@@ -516,44 +542,43 @@ void attend_tiles_f32(Stream& stream, const T* qkv, const Tokens& tokens, const 
          view<KV>(cache), scale, out);
 }
 
-template <class T, int head_dim>
-void attend_tiles(Stream& stream, const T* qkv, const Tokens& tokens, const AttentionPlan& plan,
-                  const KVLayer& cache, float scale, T* out) {
+template <int head_dim, class T, class KV>
+void attend_tiles_of(Stream& stream, const T* qkv, const Tokens& tokens, const AttentionPlan& plan,
+                     const KVLayer& cache, float scale, T* out) {
   const size_t shared = sizeof(T) * (kQueryTile + 2 * kTileKeys) * (head_dim + 8);
-  launch("prefill_attention", stream, prefill_attention<T, head_dim>,
-         dim3(plan.num_tiles, cache.n_head), 128, shared, qkv, tokens, plan.tiles, view<T>(cache),
+  launch("prefill_attention", stream, prefill_attention<T, KV, head_dim>,
+         dim3(plan.num_tiles, cache.n_head), 128, shared, qkv, tokens, plan.tiles, view<KV>(cache),
          scale, out);
 }
 
-template <class T>
-void attend(Stream& stream, const T* qkv, const Tokens& tokens, const AttentionPlan& plan,
-            const KVLayer& cache, float scale, T* out) {
-  if (cache.dtype == DType::i8) {
-    attend_singles<T, int8_t>(stream, qkv, tokens, plan, cache, scale, out);
-    if (plan.num_tiles > 0) {
-      attend_tiles_f32<T, int8_t>(stream, qkv, tokens, plan, cache, scale, out);
-    }
-    return;
-  }
-  attend_singles<T, T>(stream, qkv, tokens, plan, cache, scale, out);
+template <class T, class KV>
+void attend_tiles(Stream& stream, const T* qkv, const Tokens& tokens, const AttentionPlan& plan,
+                  const KVLayer& cache, float scale, T* out) {
   if (plan.num_tiles == 0) return;
   if constexpr (sizeof(T) == 2) {
     switch (cache.head_dim) {
       case 32:
-        return attend_tiles<T, 32>(stream, qkv, tokens, plan, cache, scale, out);
+        return attend_tiles_of<32, T, KV>(stream, qkv, tokens, plan, cache, scale, out);
       case 64:
-        return attend_tiles<T, 64>(stream, qkv, tokens, plan, cache, scale, out);
+        return attend_tiles_of<64, T, KV>(stream, qkv, tokens, plan, cache, scale, out);
       case 80:
-        return attend_tiles<T, 80>(stream, qkv, tokens, plan, cache, scale, out);
+        return attend_tiles_of<80, T, KV>(stream, qkv, tokens, plan, cache, scale, out);
       case 96:
-        return attend_tiles<T, 96>(stream, qkv, tokens, plan, cache, scale, out);
+        return attend_tiles_of<96, T, KV>(stream, qkv, tokens, plan, cache, scale, out);
       case 128:
-        return attend_tiles<T, 128>(stream, qkv, tokens, plan, cache, scale, out);
+        return attend_tiles_of<128, T, KV>(stream, qkv, tokens, plan, cache, scale, out);
       default:
         break;
     }
   }
-  attend_tiles_f32<T, T>(stream, qkv, tokens, plan, cache, scale, out);
+  attend_tiles_f32<T, KV>(stream, qkv, tokens, plan, cache, scale, out);
+}
+
+template <class T, class KV>
+void attend(Stream& stream, const T* qkv, const Tokens& tokens, const AttentionPlan& plan,
+            const KVLayer& cache, float scale, T* out) {
+  attend_singles<T, KV>(stream, qkv, tokens, plan, cache, scale, out);
+  attend_tiles<T, KV>(stream, qkv, tokens, plan, cache, scale, out);
 }
 
 }  // namespace
@@ -562,7 +587,13 @@ void attention(Stream& stream, const void* qkv, DType act, const Tokens& tokens,
                const AttentionPlan& plan, const KVLayer& cache, float scale, void* out) {
   with_type(act, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    attend(stream, static_cast<const T*>(qkv), tokens, plan, cache, scale, static_cast<T*>(out));
+    const auto* from = static_cast<const T*>(qkv);
+    auto* const to = static_cast<T*>(out);
+    if (cache.dtype == DType::i8) {
+      attend<T, int8_t>(stream, from, tokens, plan, cache, scale, to);
+    } else {
+      attend<T, T>(stream, from, tokens, plan, cache, scale, to);
+    }
   });
 }
 
