@@ -197,7 +197,8 @@ def build(session: Session, args: argparse.Namespace) -> list[Row]:
 def tests(session: Session, args: argparse.Namespace) -> list[Row]:
     for name in ("test_gpu_ops", "test_gpu_model"):
         gpu_program(session, "tests", name)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "tests/cuda"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--max-worker-restart", "2", "tests/cuda"]
+    command += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
     session.run("tests", "tests/cuda", command, 150, {"PYENGINE_TEST_GPU": "1"})
     return []
 

@@ -71,10 +71,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _dense_layer(row: Row) -> str:
+    how = "" if row["by"] == "pyengine" else f", {row['by']}"
+    return row["layer"] + (how if row["weights"] == row["dtype"] else f", {row['weights']}")
+
+
 # Of a kernel's rows in a table: the label, and the column.
 _AXES: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
-    "dense": (lambda r: f"{r['layer']}, {r['by']}", lambda r: f"{r['rows']} rows"),
-    "dense_of_norm": (lambda r: f"{r['layer']}, {r['by']}", lambda r: f"{r['rows']} rows"),
+    "dense": (_dense_layer, lambda r: f"{r['rows']} rows"),
+    "dense_of_norm": (_dense_layer, lambda r: f"{r['rows']} rows"),
     "decode_attention": (
         lambda r: f"{_SHORT.get(r['kv'], r['kv'])} KV, {r['sequences']} sequences",
         lambda r: f"{r['context']} keys",

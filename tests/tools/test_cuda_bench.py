@@ -16,6 +16,7 @@ MATMUL = {"kernel": "matmul", "dtype": "float16", "flops_per_s": 500e12}
 DENSE = {"kernel": "dense", "model": "124M", "layer": "c_attn", "by": "pyengine", "rows": 1} | {
     "k": 768,
     "n": 2304,
+    "weights": "float16",
     "dtype": "float16",
     "us": 4.0,
     "us_min": 3.9,
@@ -47,14 +48,17 @@ NCU = (
 
 
 def test_kernels_beside_the_roofline_and_torch() -> None:
-    bfloat16 = {**DENSE, "dtype": "bfloat16", "us": 5.0}
-    many = {**DENSE, "rows": 512, "us": 20.0, "flops": 5e9}
+    bfloat16 = {**DENSE, "dtype": "bfloat16", "weights": "bfloat16", "us": 5.0}
+    many = {**DENSE, "by": "cuBLASLt", "rows": 512, "us": 20.0, "flops": 5e9}
+    int8 = {**DENSE, "weights": "int8", "us": 2.0, "bytes": 2_000_000}
     torch = {**DENSE, "engine": "torch", "us": 6.0, "peak_mib": 3}
-    title, dense, decode = tables([COPY, DENSE, many, bfloat16, DECODE, torch, MATMUL], "float16")
+    title, dense, decode = tables([COPY, DENSE, many, int8, bfloat16, DECODE, torch, MATMUL], "float16")
     assert "copy 2,000 GB/s, float16 500 TFLOP/s" in title
     assert [line.split() for line in dense.splitlines()] == [
         ["dense,", "124M", "f16", "1", "rows", "512", "rows"],
-        ["c_attn,", "pyengine", "4.0", "50%", "1.50", "20.0", "50%", "-"],
+        ["c_attn", "4.0", "50%", "1.50"],
+        ["c_attn,", "cuBLASLt", "20.0", "50%", "-"],
+        ["c_attn,", "int8", "2.0", "50%", "-"],
     ]
     assert "512 keys" in decode and "int8 KV, 8 sequences" in decode and "10.0 40% -" in decode
     assert sum("bf16" in table for table in tables([COPY, DENSE, bfloat16], "all")) == 1

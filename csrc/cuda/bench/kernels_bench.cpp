@@ -180,7 +180,7 @@ std::pair<double, double> Bench::time(const std::vector<Launch>& launches, size_
 }
 
 void Bench::run(const Case& c) {
-  constexpr size_t kBeyondCaches = size_t{192} << 20, kMostSets = 128;
+  constexpr size_t kBeyondCaches = size_t{512} << 20, kMostSets = 128;
   memory_.reset(c.dtype);
   std::vector<Launch> launches;
   do {
@@ -376,7 +376,8 @@ void bench_dense(Bench& bench, const ModelShape& model, DType act, const DenseLa
   if (of_norm) bytes += 8.0 * k;
   const std::string shape = member("model", model.name) + member("layer", l.name) +
                             member("by", blas != nullptr ? "cuBLASLt" : "pyengine") +
-                            member("rows", m) + member("k", k) + member("n", n);
+                            member("weights", name_of(act)) + member("rows", m) + member("k", k) +
+                            member("n", n);
   auto prepare = [=, &bench, &model](Memory& memory) -> Launch {
     Dense layer;
     layer.k = k;
@@ -396,14 +397,17 @@ void bench_dense(Bench& bench, const ModelShape& model, DType act, const DenseLa
       result.tokens = o.tokens;
       result.cache = o.cache;
     }
+    if (blas != nullptr) {
+      return [=, &bench] { blas->dense(bench.stream(), x, act, m, layer, result); };
+    }
     if (!of_norm) {
-      return [=, &bench] { dense(bench.stream(), blas, x, act, m, layer, result); };
+      return [=, &bench] { dense(bench.stream(), nullptr, x, act, m, layer, result); };
     }
     const Norm norm{memory.take<float>(4 * k), memory.take<float>(4 * k), 1e-5f};
     void* normed = memory.take(m * k * size_of(act));
     return [=, &bench] {
-      dense_of_norm(bench.stream(), blas, static_cast<const float*>(x), norm, normed, act, m, layer,
-                    result);
+      dense_of_norm(bench.stream(), nullptr, static_cast<const float*>(x), norm, normed, act, m,
+                    layer, result);
     };
   };
   bench.run({of_norm ? "dense_of_norm" : "dense", shape, act, bytes, 2.0 * m * k * n, prepare});
@@ -419,7 +423,7 @@ void bench_dense_layers(Bench& bench, const ModelShape& model, DType act) {
     for (int m : rows) {
       if (!options.wants("dense")) continue;
       bench_dense(bench, model, act, layer, m, false, nullptr);
-      if (m > few && bench.blas() != nullptr) {
+      if (m > kFewRowsF32 && bench.blas() != nullptr) {
         bench_dense(bench, model, act, layer, m, false, bench.blas());
       }
     }
