@@ -30,7 +30,9 @@ class BackEnd(Protocol):
     def block_bytes(self, checkpoint: Checkpoint, kv_cache_dtype: str) -> int:
         """Of one block of the KV cache, over all layers."""
 
-    def kv_budget(self, checkpoint: Checkpoint, dtype: str, max_seqs: int, max_tokens: int) -> int | None:
+    def kv_budget(
+        self, checkpoint: Checkpoint, dtype: str, quantization: str | None, max_seqs: int, max_tokens: int
+    ) -> int | None:
         """Bytes that a KV cache of the default size takes at most; None if unknown."""
 
     def model(
@@ -63,12 +65,17 @@ def back_end(device: str) -> BackEnd:
 def cuda_refuses(checkpoint: Checkpoint) -> str | None:
     """Why no GPU can run a checkpoint as it is, or None."""
     config = checkpoint.config
-    if checkpoint.quantization is not None:
-        return f"{checkpoint.quantization} weights"
     for name, value in (("n_embd / n_head", config.head_dim), ("n_inner", config.n_inner)):
         if value % 8 != 0:
             return f"{name} is {value}, but must be a multiple of 8"
     return None
+
+
+def cuda_dtype(checkpoint: Checkpoint, quantization: str | None) -> str:
+    """What dtype="auto" computes in; for quantised weights more than float16 would be wasted."""
+    if quantization is not None:
+        return "float16"
+    return checkpoint.dtype if checkpoint.dtype in DTYPE_BYTES else "float32"
 
 
 def _check_choices(device: str, dtype: str, kv_cache_dtype: str, known: Sequence[str]) -> None:
@@ -80,6 +87,18 @@ def _check_choices(device: str, dtype: str, kv_cache_dtype: str, known: Sequence
         raise ConfigError(f"dtype={dtype!r}: must be {text(known)} on {device}")
     if kv_cache_dtype not in ("auto", *known, "int8"):
         raise ConfigError(f"kv_cache_dtype={kv_cache_dtype!r}: must be {text([*known, 'int8'])} on {device}")
+
+
+def _weights(
+    context: Any, checkpoint: Checkpoint, quantization: str | None
+) -> Mapping[str, tuple[Any, str, Sequence[int]]]:
+    """Those of the checkpoint, quantised if it does not hold them so."""
+    if quantization == checkpoint.quantization:
+        return checkpoint.weights()
+    from pyengine.model.quantize import quantize_weights
+
+    assert quantization is not None  # a checkpoint that is quantised stays so
+    return quantize_weights(context, checkpoint, quantization)
 
 
 class Cpu:
@@ -98,6 +117,11 @@ class Cpu:
     def dtypes(
         self, checkpoint: Checkpoint, dtype: str, quantization: str | None, kv_cache_dtype: str
     ) -> tuple[str, str]:
+        if quantization is not None and dtype == "bfloat16":
+            raise ConfigError(
+                f'dtype="bfloat16": {quantization} weights are computed with in float32 on the CPU; leave '
+                'the dtype at "auto"'
+            )
         if dtype == "auto":
             dtype = "float32" if quantization else checkpoint.auto_dtype
         if kv_cache_dtype == "auto":
@@ -110,7 +134,9 @@ class Cpu:
         config = checkpoint.config
         return _C.KVCache.bytes_per_block(config.n_layer, config.n_head, config.head_dim, kv_cache_dtype)
 
-    def kv_budget(self, checkpoint: Checkpoint, dtype: str, max_seqs: int, max_tokens: int) -> int | None:
+    def kv_budget(
+        self, checkpoint: Checkpoint, dtype: str, quantization: str | None, max_seqs: int, max_tokens: int
+    ) -> int | None:
         memory = available_memory()
         return None if memory is None else memory // _CPU_SHARE
 
@@ -127,12 +153,7 @@ class Cpu:
         from pyengine import _C
 
         config = checkpoint.config
-        weights: Mapping[str, tuple[Any, str, Sequence[int]]] = checkpoint.weights()
-        if quantization != checkpoint.quantization:
-            from pyengine.model.quantize import quantize_weights
-
-            assert quantization is not None  # a checkpoint that is quantised stays so
-            weights = quantize_weights(context, checkpoint, quantization)
+        weights = _weights(context, checkpoint, quantization)
         model = _C.Model(context, config.kernel_config(), weights, dtype)
         kv = _C.KVCache(config.n_layer, config.n_head, config.head_dim, num_blocks, kv_cache_dtype)
         return model, kv
@@ -158,7 +179,6 @@ class Cuda:
             )
         if quantization is not None:
             check_method(quantization)
-            self._refuse_quantized(f"quantization={quantization!r}")
 
     def dtypes(
         self, checkpoint: Checkpoint, dtype: str, quantization: str | None, kv_cache_dtype: str
@@ -167,7 +187,7 @@ class Cuda:
         if refused is not None:
             raise ConfigError(f'{checkpoint.path}: CUDA cannot run it: {refused}; use device="cpu"')
         if dtype == "auto":
-            dtype = checkpoint.dtype if checkpoint.dtype in DTYPE_BYTES else "float32"
+            dtype = cuda_dtype(checkpoint, quantization)
             if dtype == "bfloat16" and not self._has_bfloat16:
                 dtype = "float32"  # float16 has not the range
         if kv_cache_dtype == "auto":
@@ -185,13 +205,17 @@ class Cuda:
         same_size = "bfloat16" if kv_cache_dtype == "float16" else kv_cache_dtype
         return _C.KVCache.bytes_per_block(config.n_layer, config.n_head, config.head_dim, same_size)
 
-    def kv_budget(self, checkpoint: Checkpoint, dtype: str, max_seqs: int, max_tokens: int) -> int | None:
+    def kv_budget(
+        self, checkpoint: Checkpoint, dtype: str, quantization: str | None, max_seqs: int, max_tokens: int
+    ) -> int | None:
         config, size = checkpoint.config, DTYPE_BYTES[dtype]
+        weights = config.weight_bytes(quantization or dtype)
         # Buffers of csrc/cuda/model.cu: the residual, what layers read, queries with keys and values, what
         # attention gives, the inner layer; logits of the sampled rows, or a tensor on its way while loading.
         step = max_tokens * ((4 + 5 * size) * config.n_embd + size * config.n_inner)
-        logits = 4 * config.vocab_size * max(max_seqs, 64, config.n_embd)
-        left = self._gpu.free_memory - config.weight_bytes(dtype) - step - logits
+        loading = config.n_embd * (4 if quantization is None else 1)
+        logits = config.vocab_size * max(4 * max_seqs, 4 * 64, loading)
+        left = self._gpu.free_memory - weights - step - logits
         return max(0, left) // 10 * 9
 
     def model(
@@ -206,10 +230,6 @@ class Cuda:
     ) -> tuple[Any, Any]:
         from pyengine import _C
 
-        library = str(cuda.require_library())
-        config, weights = checkpoint.config.kernel_config(), checkpoint.weights()
+        library, config = str(cuda.require_library()), checkpoint.config.kernel_config()
+        weights = _weights(context, checkpoint, quantization)
         return _C.DeviceModel(context, config, weights, dtype, kv_cache_dtype, num_blocks, library), None
-
-    @staticmethod
-    def _refuse_quantized(what: str) -> None:
-        raise ConfigError(f'{what}: CUDA computes in float32, float16 and bfloat16 only; use device="cpu"')

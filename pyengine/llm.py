@@ -43,9 +43,10 @@ class LLM:
         can be used, else the CPU.
     dtype: what to compute in; "auto" is bfloat16 for bfloat16 files, otherwise float32 (float16 files
         included: a CPU has no float16 arithmetic worth using, so "float16" is refused). On CUDA "auto" is the
-        dtype of the file, and "float16" is allowed.
+        dtype of the file, float16 with quantised weights, and "float16" is allowed.
     quantization: "int8" or "int4": quantise the weights while loading, or None: as the checkpoint stores them
-        (``pyengine-cli quantize`` writes quantised checkpoints). What is not an integer product is float32.
+        (``pyengine-cli quantize`` writes quantised checkpoints). What is not an integer product is float32;
+        on CUDA integers are multiplied in ``dtype``, and nothing else is rounded.
     kv_cache_dtype: how keys and values are kept: "auto" (as ``dtype``; bfloat16 with quantised weights),
         "float32", "bfloat16", or "int8"
         with a float32 scale per token and head, about a quarter of float32's memory. On CUDA: as ``dtype``,

@@ -76,14 +76,14 @@ def load(
     if max_model_len is None:
         max_model_len = config.n_positions
     check_count("max_model_len", max_model_len, config.n_positions)
-    quantization = _check_quantization(checkpoint, dtype, quantization)
+    quantization = _check_quantization(checkpoint, quantization)
     dtype, kv_cache_dtype = target.dtypes(checkpoint, dtype, quantization, kv_cache_dtype)
     num_blocks = kv_blocks(
         target.block_bytes(checkpoint, kv_cache_dtype),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         kv_cache_memory=kv_cache_memory,
-        budget=target.kv_budget(checkpoint, dtype, max_num_seqs, max_num_batched_tokens),
+        budget=target.kv_budget(checkpoint, dtype, quantization, max_num_seqs, max_num_batched_tokens),
     )
     context = _C.ExecContext(num_threads or 0)
     model_in_memory, kv = target.model(
@@ -150,7 +150,7 @@ def _drafter(
         )
     if wanted.quantization is not None:
         target.check("auto", wanted.quantization, "auto")
-    quantization = _check_quantization(checkpoint, "auto", wanted.quantization)
+    quantization = _check_quantization(checkpoint, wanted.quantization)
     dtype, kv_dtype = target.dtypes(checkpoint, "auto" if quantization else dtype, quantization, "auto")
     max_model_len = min(engine.max_model_len, config.n_positions)
     # As many tokens as the model itself keeps; a sequence that finds no room goes without drafts.
@@ -173,7 +173,7 @@ def _drafter(
     return DraftModel(small, max_model_len, max_num_seqs, engine.max_num_batched_tokens)
 
 
-def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | None) -> str | None:
+def _check_quantization(checkpoint: Checkpoint, quantization: str | None) -> str | None:
     """How the weights are quantised in memory: as stored, or as asked for."""
     stored = checkpoint.quantization
     if quantization is not None and stored is not None and stored != quantization:
@@ -181,12 +181,7 @@ def _check_quantization(checkpoint: Checkpoint, dtype: str, quantization: str | 
             f"quantization={quantization!r}: {checkpoint.path} holds {stored} weights; quantise the "
             "checkpoint that it was made from"
         )
-    method = quantization or stored
-    if method is not None and dtype == "bfloat16":
-        raise ConfigError(
-            f'dtype="bfloat16": {method} weights are computed with in float32; leave the dtype at "auto"'
-        )
-    return method
+    return quantization or stored
 
 
 def check_count(field: str, value: object, high: int, *, low: int = 1) -> None:

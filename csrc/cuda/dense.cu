@@ -242,6 +242,13 @@ void compute(Stream& stream, const T* x, int m, const Dense& layer, const Epilog
 
 void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, const Dense& layer,
            const DenseResult& result) {
+  if (layer.weight == nullptr) {
+    return with_type(act, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      dense_quantized(stream, static_cast<const T*>(x), num_rows, layer.quantized,
+                      Epilogue<T>(layer, result));
+    });
+  }
   // The odd vocabulary of GPT-2 leaves cuBLASLt no wide access: on an H200 it takes 1.2 to 1.9
   // times as long for the head as the kernels here.
   const int ours = act == DType::f32 ? kFewRowsF32 : kFewRowsBlas;
@@ -263,7 +270,7 @@ void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, c
 void dense_of_norm(Stream& stream, Blas* blas, const float* x, const Norm& norm, void* normed,
                    DType act, int num_rows, const Dense& layer, const DenseResult& result) {
   const bool at_once = num_rows <= kNormedRows && layer.k <= kNormedChannels && layer.n < kWide;
-  if (!at_once || act == DType::f32) {
+  if (!at_once || act == DType::f32 || layer.weight == nullptr) {
     layer_norm(stream, x, nullptr, num_rows, static_cast<int>(layer.k), norm, normed, act);
     return dense(stream, blas, normed, act, num_rows, layer, result);
   }

@@ -56,6 +56,30 @@ struct Epilogue {
     }
   }
 
+  // Those of rows from `row` on, below `end`. What is added to is read before anything is written,
+  // so that these reads do not wait for each other.
+  template <int count>
+  __device__ void finish_rows(int64_t row, int64_t end, int64_t column,
+                              const float (&ys)[count]) const {
+    if (result.output != Output::add) {
+#pragma unroll
+      for (int r = 0; r < count; ++r) {
+        if (row + r < end) finish(row + r, column, ys[r]);
+      }
+      return;
+    }
+    float* const to = static_cast<float*>(result.out) + row * n + column;
+    float sums[count];
+#pragma unroll
+    for (int r = 0; r < count; ++r) {
+      if (row + r < end) sums[r] = to[r * n] + activate(ys[r], result.activation);
+    }
+#pragma unroll
+    for (int r = 0; r < count; ++r) {
+      if (row + r < end) to[r * n] = sums[r];
+    }
+  }
+
   __device__ void store_qkv(int64_t row, int column, T y) const {
     const Tokens& tokens = result.tokens;
     const KVLayer& cache = result.cache;
@@ -81,5 +105,10 @@ constexpr int kNormedRows = 8, kNormedChannels = 1024, kWide = 8192;
 template <class T>
 void dense_rows(Stream& stream, const void* x, const Norm* norm, int num_rows, const Dense& layer,
                 const Epilogue<T>& epilogue);
+
+// Any number of rows and quantised weights. csrc/cuda/dense_quantized.cu
+template <class T>
+void dense_quantized(Stream& stream, const T* x, int num_rows, const QuantizedMatrix& w,
+                     const Epilogue<T>& epilogue);
 
 }  // namespace pyengine::cuda

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(PYENGINE_CUDA_SIM)
@@ -107,6 +108,37 @@ __device__ inline float low_of(uint32_t word, f16) {
 }
 __device__ inline float high_of(uint32_t word, f16) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+#endif
+
+// Of both values of a word, each rounded.
+#if defined(PYENGINE_CUDA_SIM)
+template <class T>
+inline uint32_t pair_difference(uint32_t a, uint32_t b) {
+  return pair_of<T>(low_of(a, T{}) - low_of(b, T{}), high_of(a, T{}) - high_of(b, T{}));
+}
+template <class T>
+inline uint32_t pair_product(uint32_t a, uint32_t b) {
+  return pair_of<T>(low_of(a, T{}) * low_of(b, T{}), high_of(a, T{}) * high_of(b, T{}));
+}
+#else
+template <class T>
+using PairOf = std::conditional_t<std::is_same_v<T, f16>, __half2, __nv_bfloat162>;
+template <class T>
+__device__ inline PairOf<T> as_pair(uint32_t word) {
+  return *reinterpret_cast<const PairOf<T>*>(&word);
+}
+template <class Pair>
+__device__ inline uint32_t as_word(Pair pair) {
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <class T>
+__device__ inline uint32_t pair_difference(uint32_t a, uint32_t b) {
+  return as_word(__hsub2(as_pair<T>(a), as_pair<T>(b)));
+}
+template <class T>
+__device__ inline uint32_t pair_product(uint32_t a, uint32_t b) {
+  return as_word(__hmul2(as_pair<T>(a), as_pair<T>(b)));
 }
 #endif
 

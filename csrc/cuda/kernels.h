@@ -23,6 +23,20 @@ struct KVLayer {
   float *key_scales = nullptr, *value_scales = nullptr;  // of i8
 };
 
+// A matrix of a quantised checkpoint (docs/quantization.md) in the order in which lanes multiply
+// it, as large as in the file: N is padded to 16 and K to 64. Columns 16 i to 16 i + 15 with k's
+// 64 s to 64 s + 63 are a piece; lane 4 g + t of a warp has of it columns g and g + 8, and k's
+// 32 j + 8 t to + 7 for j = 0, 1.
+//   int8    [N / 16][K / 64][j][lane][column g, g + 8][8]  128 + integer, a byte each
+//   int4    [N / 16][K / 64][lane][j][column g, g + 8]     8 nibbles, low first: 0 2 4 6 1 3 5 7
+//   groups  [N / 16][K / 64][g][j][column g, g + 8]        a byte: multiplier + 16 zero point
+struct QuantizedMatrix {
+  const uint8_t* integers = nullptr;
+  const uint8_t* groups = nullptr;  // null: int8
+  const float* scale = nullptr;     // (N,)
+  int64_t k = 0, n = 0;
+};
+
 // The tokens of a step.
 struct Tokens {
   const int32_t* ids = nullptr;          // (T,)
@@ -52,9 +66,16 @@ inline int64_t partial_floats(int64_t num_single, int n_head, int head_dim, int 
 void convert_weight(Stream& stream, const void* src, DType from, bool transpose, int64_t n,
                     int64_t k, void* dst, DType to);
 
+// The integers and the groups of a file (ops/types.h: packed, packed_nibbles) in that order.
+void arrange_integers(Stream& stream, const void* src, bool nibbles, int64_t k, int64_t n,
+                      void* dst);
+void arrange_groups(Stream& stream, const void* src, int64_t k, int64_t n, void* dst);
+
 // x[t] = wte[ids[t]] + wpe[positions[t]]; x (T, C) f32
 void embed(Stream& stream, const Tokens& tokens, const void* wte, const void* wpe, DType act,
            int channels, float* x);
+void embed(Stream& stream, const Tokens& tokens, const QuantizedMatrix& wte, const void* wpe,
+           DType act, float* x);
 
 class Blas;
 
@@ -68,10 +89,11 @@ void layer_norm(Stream& stream, const float* x, const int32_t* rows, int num_row
                 const Norm& norm, void* out, DType act);
 
 struct Dense {
-  const void* weight = nullptr;    // (N, K) act
+  const void* weight = nullptr;    // (N, K) act; null: quantised
   const float* bias = nullptr;     // (N,) or null
   const void* bias_act = nullptr;  // the same of act, for cuBLASLt
   int64_t k = 0, n = 0;
+  QuantizedMatrix quantized = {};  // integers are exact in act; their scale is applied to the sums
 };
 
 // What becomes of y: out = y of act; out = y, f32; out += y, f32; `qkv`: queries to the first
@@ -89,8 +111,9 @@ struct DenseResult {
 // y = activation(x w + bias); x (R, K) act; out (R, N). Up to kFewRows rows (kFewRowsF32 in
 // float32) read the weights once and are reduced alike, whatever their number. If `blas` is not
 // null, more than kFewRowsBlas rows (kFewRowsF32) are cuBLASLt's where it is faster
-// (csrc/cuda/blas.h).
-constexpr int kFewRows = 64, kFewRowsF32 = 8, kFewRowsBlas = 16;
+// (csrc/cuda/blas.h). Of quantised weights few rows are up to kFewQuantizedRows, and all in
+// float32.
+constexpr int kFewRows = 64, kFewRowsF32 = 8, kFewRowsBlas = 16, kFewQuantizedRows = 32;
 void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, const Dense& layer,
            const DenseResult& result);
 

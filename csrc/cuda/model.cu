@@ -9,6 +9,7 @@
 #include "cuda/backend.h"
 #include "cuda/blas.h"
 #include "cuda/kernels.h"
+#include "cuda/weights.h"
 
 namespace pyengine::cuda {
 
@@ -75,8 +76,6 @@ class Model final : public Backend {
     require_fits();
     load(tensors);
     allocate_cache();
-    stream_.wait();
-    staging_ = DeviceBuffer();
   }
 
   const BackendDevice& device() const override { return device_; }
@@ -114,10 +113,8 @@ class Model final : public Backend {
   Stream stream_;
   std::unique_ptr<Blas> blas_ = Blas::open();
   std::vector<DeviceBuffer> owned_;
-  DeviceBuffer staging_;  // of tensors on their way, while loading
-
-  const void *wte_ = nullptr, *wpe_ = nullptr;
-  Dense head_;
+  Dense wte_, head_;
+  const void* wpe_ = nullptr;
   Norm ln_f_;
   std::vector<Layer> layers_;
 
@@ -158,64 +155,28 @@ void Model::require_fits() const {
   if (num_blocks_ < 1) throw ConfigError("KV cache: num_blocks must be at least 1");
 }
 
-// Moves tensors to the device: matrices as (N, K) of act, vectors as f32.
 void Model::load(const std::map<std::string, TensorView>& tensors) {
-  auto find = [&](const std::string& name, int64_t elements) -> const TensorView& {
-    const auto found = tensors.find(name);
-    if (found == tensors.end()) throw CheckpointError("tensor '" + name + "' is missing");
-    const TensorView& tensor = found->second;
-    if (tensor.dtype == DType::i8 || tensor.bytes != elements * size_of(tensor.dtype)) {
-      throw CheckpointError("tensor '" + name + "' holds " + number(tensor.bytes) + " bytes of " +
-                            name_of(tensor.dtype) + ", but " + number(elements) +
-                            " floating-point numbers are expected");
-    }
-    return tensor;
-  };
-  auto convert = [&](const std::string& name, bool transpose, int64_t n, int64_t k, DType to) {
-    const TensorView& tensor = find(name, n * k);
-    if (staging_.size() < tensor.bytes) staging_ = DeviceBuffer(tensor.bytes, "a tensor");
-    owned_.emplace_back(n * k * size_of(to), "weights");
-    stream_.upload(staging_.data(), tensor.data, tensor.bytes);
-    convert_weight(stream_, staging_.data(), tensor.dtype, transpose, n, k, owned_.back().data(),
-                   to);
-    stream_.wait();  // the staging buffer is free again
-    return owned_.back().data();
-  };
-  auto vector = [&](const std::string& name, int64_t n) {
-    return static_cast<const float*>(convert(name, false, 1, n, DType::f32));
-  };
-  auto norm = [&](const std::string& name) {
-    return Norm{vector(name + ".weight", config_.n_embd), vector(name + ".bias", config_.n_embd),
-                config_.layer_norm_epsilon};
-  };
-  auto conv1d = [&](const std::string& name, int64_t k, int64_t n) {
-    if (tensors.count(name + ".scale") != 0) {
-      throw ConfigError("the weights are quantised, which the CUDA back end does not compute with");
-    }
-    const void* weight = convert(name + ".weight", true, n, k, act_);
-    const float* bias = vector(name + ".bias", n);
-    const bool same = act_ == DType::f32 || blas_ == nullptr;
-    return Dense{weight, bias, same ? bias : convert(name + ".bias", false, 1, n, act_), k, n};
-  };
+  WeightLoader load(stream_, tensors, act_, blas_ != nullptr, owned_);
   const int64_t channels = config_.n_embd, inner = config_.n_inner;
+  auto norm = [&](const std::string& name) {
+    return load.norm(name, channels, config_.layer_norm_epsilon);
+  };
   for (int32_t i = 0; i < config_.n_layer; ++i) {
     const std::string h = "h." + number(i) + ".";
     Layer layer;
     layer.ln_1 = norm(h + "ln_1");
-    layer.c_attn = conv1d(h + "attn.c_attn", channels, 3 * channels);
-    layer.attn_c_proj = conv1d(h + "attn.c_proj", channels, channels);
+    layer.c_attn = load.conv1d(h + "attn.c_attn", channels, 3 * channels);
+    layer.attn_c_proj = load.conv1d(h + "attn.c_proj", channels, channels);
     layer.ln_2 = norm(h + "ln_2");
-    layer.c_fc = conv1d(h + "mlp.c_fc", channels, inner);
-    layer.mlp_c_proj = conv1d(h + "mlp.c_proj", inner, channels);
+    layer.c_fc = load.conv1d(h + "mlp.c_fc", channels, inner);
+    layer.mlp_c_proj = load.conv1d(h + "mlp.c_proj", inner, channels);
     layers_.push_back(layer);
   }
   ln_f_ = norm("ln_f");
-  wte_ = convert("wte.weight", false, config_.vocab_size, channels, act_);
-  wpe_ = convert("wpe.weight", false, config_.n_positions, channels, act_);
-  const void* head = tensors.count("lm_head.weight") != 0
-                         ? convert("lm_head.weight", false, config_.vocab_size, channels, act_)
-                         : wte_;
-  head_ = {head, nullptr, nullptr, channels, config_.vocab_size};
+  wte_ = load.matrix("wte", false, channels, config_.vocab_size);
+  wpe_ = load.table("wpe.weight", config_.n_positions, channels);
+  const bool is_tied = !load.has("lm_head.weight");
+  head_ = is_tied ? wte_ : load.matrix("lm_head", false, channels, config_.vocab_size);
 }
 
 void Model::allocate_cache() {
@@ -303,7 +264,11 @@ void Model::forward(const Step& step) {
   const int n = tokens.count;
   AttentionPlan plan = step.plan;
   plan.partial = partial_;
-  embed(stream_, tokens, wte_, wpe_, act_, config_.n_embd, x_);
+  if (wte_.weight == nullptr) {
+    embed(stream_, tokens, wte_.quantized, wpe_, act_, x_);
+  } else {
+    embed(stream_, tokens, wte_.weight, wpe_, act_, config_.n_embd, x_);
+  }
   for (int32_t i = 0; i < config_.n_layer; ++i) {
     const Layer& layer = layers_[i];
     float scale = config_.scale_attn_weights ? 1.0f / std::sqrt(float(config_.head_dim())) : 1.0f;

@@ -106,6 +106,16 @@ T atomicMin(T* p, T x) {
 }
 
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+// Byte i of the result is that of (high, low) which nibble i of the selector names.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = selector >> (4 * i) & 7u;
+    result |= static_cast<uint32_t>(bytes >> (8 * from) & 255u) << (8 * i);
+  }
+  return result;
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline uint32_t __float_as_uint(float x) {

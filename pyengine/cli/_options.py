@@ -72,7 +72,7 @@ dtype = _model_option(
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
     help="Compute in this type; auto: bfloat16 for bfloat16 files, else float32. float16: only on CUDA, and "
-    "there auto for float16 files.",
+    "there auto for float16 files and quantised weights.",
 )
 quantization = _model_option(
     "--quantization",
@@ -83,9 +83,8 @@ kv_cache_dtype = _model_option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
     default="auto",
-    help="Store keys and values in this type; auto: as --dtype, or bfloat16 with quantised weights; "
-    "int8: a quarter of float32's memory, "
-    "with a scale per token and head.",
+    help="Store keys and values in this type; auto: as --dtype; on the CPU bfloat16 with quantised weights; "
+    "int8: a quarter of float32's memory, with a scale per token and head.",
 )
 kv_cache_memory = _model_option(
     "--kv-cache-memory",

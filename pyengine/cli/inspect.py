@@ -84,10 +84,10 @@ def _report(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _cuda(checkpoint: Checkpoint) -> dict[str, Any]:
     """Whether the kernels for GPUs take the checkpoint; ``doctor`` knows whether there is a GPU."""
-    from pyengine.backends import cuda_refuses
+    from pyengine.backends import cuda_dtype, cuda_refuses
 
     refused = cuda_refuses(checkpoint)
-    computes_in = checkpoint.dtype if refused is None else None
+    computes_in = cuda_dtype(checkpoint, checkpoint.quantization) if refused is None else None
     return {"runs": refused is None, "computes_in": computes_in, "reason": refused}
 
 

@@ -66,8 +66,8 @@ def test_what_does_not_fit_is_refused_with_the_sizes(checkpoint: Callable[[str],
     path = checkpoint("head_dim_8")
     with pytest.raises(OutOfMemory, match=r"the KV cache takes \d+ MiB .* are free"):
         LLM(path, device="cuda", kv_cache_memory="20TiB")
-    with pytest.raises(ConfigError, match="quantization='int8'.*CUDA"):
-        LLM(path, device="cuda", quantization="int8")
+    with pytest.raises(ConfigError, match='must be None, "int8" or "int4"'):
+        LLM(path, device="cuda", quantization="int3")
     with pytest.raises(ConfigError, match="kv_cache_dtype='bfloat16'.*float32, or int8"):
         LLM(path, device="cuda", kv_cache_dtype="bfloat16")
     with pytest.raises(ConfigError, match="n_embd / n_head is 15, but must be a multiple of 8"):
@@ -109,8 +109,13 @@ def test_bfloat16_needs_capability_8(checkpoint: Callable[[str], Path]) -> None:
 def test_the_default_kv_cache_leaves_room(checkpoint: Callable[[str], Path]) -> None:
     file = load_checkpoint(checkpoint("gelu"))
     small = dataclasses.replace(GPU, free_memory=50 << 20)
-    budget = Cuda(small).kv_budget(file, "float16", 64, 2048)
+    budget = Cuda(small).kv_budget(file, "float16", None, 64, 2048)
     assert budget is not None
     assert file.config.weight_bytes("float16") < (50 << 20) - budget < 25 << 20
+    # Quantised weights leave room for more keys and values, by what they are smaller.
+    larger = Cuda(small).kv_budget(file, "float16", "int4", 64, 2048)
+    assert larger is not None
+    saved = file.config.weight_bytes("float16") - file.config.weight_bytes("int4")
+    assert larger - budget >= saved // 10 * 9 > 0
     nothing = dataclasses.replace(GPU, free_memory=1 << 20)
-    assert Cuda(nothing).kv_budget(file, "float16", 64, 2048) == 0
+    assert Cuda(nothing).kv_budget(file, "float16", None, 64, 2048) == 0

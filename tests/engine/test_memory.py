@@ -39,7 +39,7 @@ def blocks(
     available: int | None, monkeypatch: pytest.MonkeyPatch, kv_cache_memory: int | str | None = None
 ) -> int:
     monkeypatch.setattr(backends, "available_memory", lambda: available)
-    budget = backends.Cpu().kv_budget(load_checkpoint(None), "float32", 4, 100)
+    budget = backends.Cpu().kv_budget(load_checkpoint(None), "float32", None, 4, 100)
     return memory.kv_blocks(
         1000, max_model_len=100, max_num_seqs=4, kv_cache_memory=kv_cache_memory, budget=budget
     )
