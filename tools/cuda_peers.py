@@ -79,7 +79,7 @@ def operands(row: dict[str, Any], device: str) -> tuple[Launch, int] | None:
         x, channels = random(row["rows"], row["channels"]), row["channels"]
         gain, bias = random(channels), random(channels)
         return made(lambda: F.layer_norm(x, (channels,), gain, bias, 1e-5), x, x)
-    if kernel == "embed":
+    if kernel == "embed" and row["weights"] == row["dtype"]:
         wte, wpe = random(50257, row["channels"]), random(1024, row["channels"])
         ids = torch.randint(50257, (row["rows"],), device=device)
         positions = torch.arange(row["rows"], device=device) % 1024
@@ -87,30 +87,32 @@ def operands(row: dict[str, Any], device: str) -> tuple[Launch, int] | None:
     return None
 
 
-def replay_us(launches: list[Launch], count: int) -> float:
-    """Median microseconds of a launch, ``count`` of which are replayed as a graph."""
+def replay_us(launches: list[Launch]) -> float:
+    """Median microseconds of a launch, many of which are replayed as a graph."""
     cuda: Any = torch.cuda  # of whose classes not all are typed
     stream = cuda.Stream()
-    with torch.cuda.stream(stream):
-        launches[0]()  # libraries load before the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for i in range(count):
-            launches[i % len(launches)]()
     start, stop = (cuda.Event(enable_timing=True) for _ in range(2))
 
-    def replay() -> float:
+    def microseconds(work: Launch) -> float:
         start.record()
-        graph.replay()
+        work()
         stop.record()
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e3
+        return float(start.elapsed_time(stop)) * 1e3
 
-    replay()
-    first = replay()
+    with cuda.stream(stream):
+        launches[0]()  # libraries load before the capture
+        stream.synchronize()
+    once = microseconds(launches[-1])
+    count = min(int(min(max(10e3 / once, 1), 128)), max(len(launches), 64))
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph, stream=stream):
+        for i in range(count):
+            launches[i % len(launches)]()
+    microseconds(graph.replay)
+    first = microseconds(graph.replay)
     repeats = int(min(max(20e3 / max(first, 1.0), 5), 30))
-    return statistics.median(replay() for _ in range(repeats)) / count
+    return statistics.median(microseconds(graph.replay) for _ in range(repeats)) / count
 
 
 def time_row(row: dict[str, Any]) -> float | None:
@@ -122,13 +124,13 @@ def time_row(row: dict[str, Any]) -> float | None:
             return None
         launches.append(made[0])
         used += made[1]
-    return replay_us(launches, max(len(launches), 64) if row["flops"] < 2e9 else len(launches))
+    return replay_us(launches)
 
 
 def peak_flops(dtype: torch.dtype) -> float:
     """Of a product of matrices of 8192 x 8192, by cuBLAS; float32 without TF32."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * 8192**3 / (replay_us([lambda: a @ b], 4) * 1e-6)
+    return 2 * 8192**3 / (replay_us([lambda: a @ b]) * 1e-6)
 
 
 def time_kernels(file: str) -> None:

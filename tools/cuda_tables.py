@@ -93,9 +93,10 @@ _AXES: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
         lambda r: f"{r['sequences']}x{r['fresh']}",
     ),
     "layer_norm": (lambda r: "", lambda r: f"{r['rows']} rows"),
-    "embed": (lambda r: "", lambda r: f"{r['rows']} rows"),
+    "embed": (lambda r: r["weights"], lambda r: f"{r['rows']} rows"),
     "copy_blocks": (lambda r: "", lambda r: f"{r['blocks']} blocks"),
     "convert_weight": (lambda r: "", lambda r: f"from {r['from']}"),
+    "arrange_integers": (lambda r: "", lambda r: r["weights"]),
 }
 _MEASURED = {"us", "us_min", "sets", "bytes", "flops", "engine", "by", "peak_mib"}
 

@@ -133,29 +133,30 @@ class Bench {
   void copy_bandwidth();
 
  private:
+  double microseconds(const std::function<void()>& work);
   // Microseconds of a replay of `count` launches: median and least.
   std::pair<double, double> time(const std::vector<Launch>& launches, size_t count);
 
   Options options_;
   Stream stream_;
+  Event start_, stop_;
   std::unique_ptr<Blas> blas_ = Blas::open();
   Memory memory_;
 };
 
-inline std::pair<double, double> Bench::time(const std::vector<Launch>& launches, size_t count) {
-  launches[0]();  // kernels are loaded before the capture
+inline double Bench::microseconds(const std::function<void()>& work) {
+  start_.record(stream_);
+  work();
+  stop_.record(stream_);
   stream_.wait();
+  return stop_.us_since(start_);
+}
+
+inline std::pair<double, double> Bench::time(const std::vector<Launch>& launches, size_t count) {
   Graph graph(stream_, [&] {
     for (size_t i = 0; i < count; ++i) launches[i % launches.size()]();
   });
-  Event start, stop;
-  auto replay = [&] {
-    start.record(stream_);
-    graph.run(stream_);
-    stop.record(stream_);
-    stream_.wait();
-    return stop.us_since(start);
-  };
+  auto replay = [&] { return microseconds([&] { graph.run(stream_); }); };
   if (options_.tiny()) return {replay(), 0};
   replay();
   constexpr double kWanted = 20e3;  // microseconds of all replays
@@ -176,9 +177,16 @@ inline void Bench::run(const Case& c) {
   } while (memory_.used() < kBeyondCaches && launches.size() < kMostSets &&
            memory_.left() > memory_.used() / launches.size() && !options_.tiny());
   stream_.wait();
-  // Short kernels many times, so that the replay's beginning does not count.
-  const size_t count =
-      c.flops < 2e9 && !options_.tiny() ? std::max<size_t>(launches.size(), 64) : launches.size();
+  // Short kernels many times, so that the replay's beginning does not count; long ones less often
+  // than there are sets. The first launch loads the kernel.
+  constexpr double kReplay = 10e3;  // microseconds
+  launches[0]();
+  const double once = microseconds(launches.back());
+  size_t count = 1;
+  if (!options_.tiny()) {
+    count = static_cast<size_t>(std::clamp(kReplay / std::max(once, 1.0), 1.0, 128.0));
+    count = std::min(count, std::max<size_t>(launches.size(), 64));
+  }
   const auto [median, least] = time(launches, count);
   const auto n = static_cast<double>(count);
   std::printf(

@@ -167,26 +167,55 @@ constexpr DenseLayer kDenseLayersOfNorms[] = {
     {"c_fc", 1, 4, Output::act, ops::Activation::gelu_tanh},
 };
 
+// What a dense layer's weights are.
+enum class Weights { act, int8, int4 };
+
+const char* name_of(Weights weights, DType act) {
+  return weights == Weights::act ? name_of(act) : weights == Weights::int8 ? "int8" : "int4";
+}
+
+double bytes_of(Weights weights, DType act, int64_t k, int64_t n) {
+  const double elements = double(n) * k;
+  if (weights == Weights::act) return elements * size_of(act);
+  return (weights == Weights::int8 ? elements : elements / 2 + elements / 32) + 4.0 * n;
+}
+
+// Random integers and groups are as good as those of a file.
+QuantizedMatrix take_quantized(Memory& memory, Weights weights, int64_t k, int64_t n) {
+  QuantizedMatrix w;
+  w.k = k;
+  w.n = n;
+  const bool nibbles = weights == Weights::int4;
+  w.integers = memory.take<uint8_t>(nibbles ? ops::nibble_bytes(k, n) : ops::int8_bytes(k, n));
+  if (nibbles) w.groups = memory.take<uint8_t>(ops::group_bytes(k, n));
+  w.scale = memory.take<float>(n * 4);
+  return w;
+}
+
 void bench_dense(Bench& bench, const ModelShape& model, DType act, const DenseLayer& l, int m,
-                 bool of_norm, Blas* blas) {
+                 bool of_norm, Weights weights, Blas* blas) {
   const bool head = l.n == 0;
   const int64_t k = int64_t{l.k} * model.channels;
   const int64_t n = head ? model.vocab : int64_t{l.n} * model.channels;
   const bool in_act = l.output == Output::act || l.output == Output::qkv;
   const size_t out_size = in_act ? size_of(act) : 4, x_size = of_norm ? 4 : size_of(act);
-  double bytes = double(n) * k * size_of(act) + double(m) * k * x_size + double(m) * n * out_size;
+  double bytes = bytes_of(weights, act, k, n) + double(m) * k * x_size + double(m) * n * out_size;
   if (l.output == Output::add) bytes += 4.0 * m * n;  // read, too
   if (!head) bytes += 4.0 * n;
   if (of_norm) bytes += 8.0 * k;
   const std::string shape = member("model", model.name) + member("layer", l.name) +
                             member("by", blas != nullptr ? "cuBLASLt" : "pyengine") +
-                            member("weights", name_of(act)) + member("rows", m) + member("k", k) +
-                            member("n", n);
+                            member("weights", name_of(weights, act)) + member("rows", m) +
+                            member("k", k) + member("n", n);
   auto prepare = [=, &bench, &model](Memory& memory) -> Launch {
     Dense layer;
     layer.k = k;
     layer.n = n;
-    layer.weight = memory.take(n * k * size_of(act));
+    if (weights == Weights::act) {
+      layer.weight = memory.take(n * k * size_of(act));
+    } else {
+      layer.quantized = take_quantized(memory, weights, k, n);
+    }
     if (!head) {
       layer.bias = memory.take<float>(n * 4);
       layer.bias_act = memory.take(n * size_of(act));
@@ -226,16 +255,18 @@ void bench_dense_layers(Bench& bench, const ModelShape& model, DType act) {
   for (const DenseLayer& layer : kDenseLayers) {
     for (int m : rows) {
       if (!options.wants("dense")) continue;
-      bench_dense(bench, model, act, layer, m, false, nullptr);
+      for (Weights weights : {Weights::act, Weights::int8, Weights::int4}) {
+        bench_dense(bench, model, act, layer, m, false, weights, nullptr);
+      }
       if (m > kFewRowsF32 && bench.blas() != nullptr) {
-        bench_dense(bench, model, act, layer, m, false, bench.blas());
+        bench_dense(bench, model, act, layer, m, false, Weights::act, bench.blas());
       }
     }
   }
   for (const DenseLayer& layer : kDenseLayersOfNorms) {
     for (int m : rows) {
       if (m > few || !options.wants("dense_of_norm")) continue;
-      bench_dense(bench, model, act, layer, m, true, nullptr);
+      bench_dense(bench, model, act, layer, m, true, Weights::act, nullptr);
     }
   }
 }
@@ -254,7 +285,7 @@ void bench_layer_norm(Bench& bench, const ModelShape& model, DType act, int rows
              }});
 }
 
-void bench_embed(Bench& bench, const ModelShape& model, DType act, int rows) {
+void bench_embed(Bench& bench, const ModelShape& model, DType act, Weights weights, int rows) {
   const int c = model.channels;
   std::vector<int32_t> ids(rows), positions(rows);
   std::mt19937 engine(1);
@@ -262,16 +293,22 @@ void bench_embed(Bench& bench, const ModelShape& model, DType act, int rows) {
     ids[t] = static_cast<int32_t>(engine() % model.vocab);
     positions[t] = t % model.positions;
   }
-  bench.run({"embed", member("model", model.name) + member("rows", rows) + member("channels", c),
-             act, double(rows) * c * (2 * size_of(act) + 4), 0, [&](Memory& memory) -> Launch {
+  const std::string shape = member("model", model.name) + member("weights", name_of(weights, act)) +
+                            member("rows", rows) + member("channels", c);
+  const double read = bytes_of(weights, act, c, rows) + double(rows) * c * size_of(act);
+  bench.run({"embed", shape, act, read + 4.0 * rows * c, 0, [&](Memory& memory) -> Launch {
                Tokens tokens;
                tokens.ids = memory.integers(ids);
                tokens.positions = memory.integers(positions);
                tokens.count = rows;
-               const void* wte = memory.take(size_of(act) * model.vocab * c);
                const void* wpe = memory.take(size_of(act) * model.positions * c);
                auto* x = memory.take<float>(size_t{4} * rows * c);
-               return [=, &bench] { embed(bench.stream(), tokens, wte, wpe, act, c, x); };
+               if (weights == Weights::act) {
+                 const void* wte = memory.take(size_of(act) * model.vocab * c);
+                 return [=, &bench] { embed(bench.stream(), tokens, wte, wpe, act, c, x); };
+               }
+               const QuantizedMatrix wte = take_quantized(memory, weights, c, model.vocab);
+               return [=, &bench] { embed(bench.stream(), tokens, wte, wpe, act, x); };
              }});
 }
 
@@ -304,19 +341,44 @@ void bench_convert_weight(Bench& bench, const ModelShape& model, DType act, DTyp
              }});
 }
 
+// Of c_fc, from the order of a file to that of lanes.
+void bench_arrange(Bench& bench, const ModelShape& model, Weights weights) {
+  const int64_t k = model.channels, n = 4 * k;
+  const bool nibbles = weights == Weights::int4;
+  const int64_t bytes = nibbles ? ops::nibble_bytes(k, n) : ops::int8_bytes(k, n);
+  const std::string shape = member("model", model.name) +
+                            member("weights", name_of(weights, DType::f16)) + member("k", k) +
+                            member("n", n);
+  bench.run({"arrange_integers", shape, DType::f16, 2.0 * bytes, 0, [&](Memory& memory) -> Launch {
+               const void* src = memory.take(bytes);
+               const auto dst = take_quantized(memory, weights, k, n);
+               return [=, &bench] {
+                 arrange_integers(bench.stream(), src, nibbles, k, n,
+                                  const_cast<uint8_t*>(dst.integers));
+               };
+             }});
+}
+
 void bench_all(Bench& bench, const ModelShape& model, DType act) {
   const Options& options = bench.options();
   bench_dense_layers(bench, model, act);
   bench_caches(bench, model, act);
   for (int rows : options.tiny() ? std::vector<int>{3} : std::vector<int>{1, 8, 64, 512, 2048}) {
     if (options.wants("layer_norm")) bench_layer_norm(bench, model, act, rows);
-    if (options.wants("embed")) bench_embed(bench, model, act, rows);
+    for (Weights weights : {Weights::act, Weights::int8, Weights::int4}) {
+      if (options.wants("embed")) bench_embed(bench, model, act, weights, rows);
+    }
   }
   for (int blocks : options.tiny() ? std::vector<int>{2} : std::vector<int>{1, 16, 64}) {
     if (options.wants("copy_blocks")) bench_copy_blocks(bench, model, act, blocks);
   }
   for (DType from : {DType::f32, DType::f16}) {
     if (options.wants("convert_weight")) bench_convert_weight(bench, model, act, from);
+  }
+  for (Weights weights : {Weights::int8, Weights::int4}) {
+    if (act == DType::f16 && options.wants("arrange_integers")) {
+      bench_arrange(bench, model, weights);
+    }
   }
 }
 
