@@ -233,10 +233,12 @@ def workloads(session: Session, args: argparse.Namespace) -> list[Row]:
         def run(engine: str, command: list[str], limit: float) -> None:
             for model, path in made:
                 found = session.run("workloads", f"{model}: {engine}", [*command, path], limit)
-                rows.extend({**row, "model": model} for row in found)
+                rows.extend({**row, "model": model, "engine": engine} for row in found)
 
         own = [*python, "-m", "pyengine", "bench", "--device", "cuda", "--json", *common, "--model"]
         run("pyengine", own, 90)
+        for method in filter(None, args.quantization.split(",")):
+            run(f"pyengine {method}", [*own[:-1], "--quantization", method, own[-1]], 90)
         if not args.alone:
             run("transformers", [*python, _PEERS, "workloads", *common], 150)
         if args.static_cache:
@@ -287,6 +289,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--static-cache", action="store_true", help="also generate with a static cache, compiled"
     )
+    parser.add_argument("--quantization", default="", help="also pyengine so, e.g. int8,int4")
     parser.add_argument("--architectures", help="to build for, e.g. 90 (default: this machine's)")
     parser.add_argument("--seconds", type=float, default=540, help="for all steps (default %(default)s)")
     parser.add_argument("--show", type=Path, metavar="DIRECTORY", help="only print an earlier run's tables")

@@ -190,8 +190,7 @@ def time_workloads(directory: str, names: list[str], repeats: int, device: str, 
         workload = named(name, generator._model.config.vocab_size)
         generator.run(workload)
         rates = [workload.tokens_per_second(*generator.run(workload)) for _ in range(repeats)]
-        engine = "transformers static" if static_cache else "transformers"
-        row: dict[str, Any] = {"engine": engine, "dtype": "f16", "workload": name}
+        row: dict[str, Any] = {"engine": "transformers", "dtype": "f16", "workload": name}
         row |= {"tok_per_s_median": round(statistics.median(rates), 1)}
         show(row | {"min": round(min(rates), 1), "max": round(max(rates), 1), "device": device})
 

@@ -103,6 +103,29 @@ def test_launches_of_ncu() -> None:
     assert "124M gemv_kernel<__half, 1> (192, 1, 1)" in table
 
 
+def test_engines_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model's checkpoint is made once; quantised runs are engines of their own, in order."""
+    ran: list[str] = []
+
+    class Fake:
+        def ran(self, step: str, name: str, command: list[str], limit: float) -> bool:
+            ran.append(name)
+            return "1.5B" not in name
+
+        def run(self, step: str, name: str, command: list[str], limit: float) -> list[dict]:
+            ran.append(name)
+            assert ("--quantization" in command) == ("int8" in name)
+            return [{"engine": "?", "workload": "decode"}]
+
+    monkeypatch.setattr(sys, "argv", ["cuda_bench.py", "--quantization", "int8"])
+    rows = cuda_bench.workloads(Fake(), cuda_bench.parse())  # type: ignore[arg-type]
+    assert ran == ["124M: checkpoint", "1.5B: checkpoint"] + [
+        f"124M: {engine}" for engine in ("pyengine", "pyengine int8", "transformers")
+    ]
+    assert [row["engine"] for row in rows] == ["pyengine", "pyengine int8", "transformers"]
+    assert {row["model"] for row in rows} == {"124M"}
+
+
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
