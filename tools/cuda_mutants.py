@@ -4,8 +4,8 @@
     python tools/cuda_mutants.py barrier wait     those whose names hold one of these words
     python tools/cuda_mutants.py --list
 
-A fault is killed if test_cuda_sim, test_cuda_ops or test_cuda_model fails, crashes or does not end. Exit
-status 1 if one survives. Needs CMake, Ninja and a C++ compiler; no CUDA.
+A fault is killed if test_cuda_sim, test_cuda_ops, test_cuda_quantized or test_cuda_model fails, crashes or
+does not end. Exit status 1 if one survives. Needs CMake, Ninja and a C++ compiler; no CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_cuda_sim", "test_cuda_ops", "test_cuda_model")
+TESTS = ("test_cuda_sim", "test_cuda_ops", "test_cuda_quantized", "test_cuda_model")
 _TIMEOUT = 600  # seconds of one test program
 
 
@@ -36,6 +36,7 @@ class Mutant:
 
 _DENSE, _ATTENTION, _ROWS = "cuda/dense.cu", "cuda/attention.cu", "cuda/elementwise.cu"
 _DENSE_ROWS = "cuda/dense_rows.cu"
+_QUANTIZED, _READING = "cuda/dense_quantized.cu", "cuda/quantized.cuh"
 MUTANTS = (
     Mutant("gemm: no wait for asynchronous copies", _DENSE, "    copy_async_wait<kStages - 2>();\n", ""),
     Mutant(
@@ -149,6 +150,103 @@ MUTANTS = (
     Mutant("gemv: every value twice", _DENSE, "i < k; i += 256)", "i < k; i += 128)"),
     Mutant("gemv: a row too far", _DENSE, "(r < m ? r : m - 1) * k", "(r < m ? r : m) * k", sanitized=True),
     Mutant("dense: the residual is overwritten", "cuda/dense.cuh", "[i] += y;", "[i] = y;"),
+    Mutant(
+        "few_quantized: every piece twice",
+        _QUANTIZED,
+        "begin += kAhead * kFewWarps",
+        "begin += kFewWarps",
+    ),
+    Mutant(
+        "few_quantized: the weights of the piece before",
+        _QUANTIZED,
+        "load_weights(slot, begin + (slot + kAhead) * kFewWarps)",
+        "load_weights(slot, begin + slot * kFewWarps)",
+    ),
+    Mutant(
+        "few_quantized: no barrier before the sums are added",
+        _QUANTIZED,
+        "    __syncthreads();\n    if (!is_there) return;",
+        "    if (!is_there) return;",
+    ),
+    Mutant("few_quantized: unmasked tail of k", _QUANTIZED, "row < m && k < w.k", "row < m"),
+    Mutant(
+        "few_quantized: rows of the result exchanged",
+        _QUANTIZED,
+        "[8 * i + 2 * t + e % 2][g + e / 2 * 8]",
+        "[8 * i + 2 * t + e / 2][g + e % 2 * 8]",
+    ),
+    Mutant("quantized_f32: unmasked tail of k", _QUANTIZED, "      if (k >= w.k) continue;\n", ""),
+    Mutant(
+        "quantized_f32: a lane's columns exchanged",
+        _QUANTIZED,
+        "[g + 8 * h] = total",
+        "[g + 8 - 8 * h] = total",
+    ),
+    Mutant(
+        "many_quantized: no wait for asynchronous copies",
+        _QUANTIZED,
+        "    copy_async_wait<kStages - 2>();\n",
+        "",
+    ),
+    Mutant(
+        "many_quantized: no barrier before the stage is read",
+        _QUANTIZED,
+        "    __syncthreads();  // the stage is there, and nobody reads the one that is overwritten next\n",
+        "",
+    ),
+    Mutant(
+        "many_quantized: no barrier before stages are overwritten with sums",
+        _QUANTIZED,
+        "  __syncthreads();  // nobody reads a stage any more\n",
+        "",
+    ),
+    Mutant("many_quantized: unmasked tail of k", _QUANTIZED, "row * k_end, k < k_end)", "row * k_end, true)"),
+    Mutant(
+        "many_quantized: halves of odd rows are not exchanged",
+        _QUANTIZED,
+        "((4 * j + t) ^ swap)",
+        "(4 * j + t)",
+    ),
+    Mutant(
+        "many_quantized: sums are read before the warp has written them",
+        _QUANTIZED,
+        "    __syncwarp();\n    if (column >= n) continue;",
+        "    if (column >= n) continue;",
+    ),
+    Mutant(
+        "fragments: pairs of the wrong product",
+        _QUANTIZED,
+        "a[i / 2][i % 2 * 2 + h]",
+        "a[i % 2][i / 2 * 2 + h]",
+    ),
+    Mutant("int8: bfloat16 has seven bits", _READING, "0x43804380u ^ (two & 0x00800080u)", "0x43004300u"),
+    Mutant(
+        "int4: the zero point of the other column", _READING, "groups_ >> (16 * j + 8)", "groups_ >> 16 * j"
+    ),
+    Mutant(
+        "int4: the multiplier for the zero point",
+        _READING,
+        "small_float(group >> 4 & 15u)",
+        "small_float(group & 15u)",
+    ),
+    Mutant(
+        "arrange: nibbles as in the file",
+        "cuda/quantized.cu",
+        "k < 4 ? 8 * k : 8 * (k - 4) + 4",
+        "4 * k",
+    ),
+    Mutant(
+        "arrange: groups of the other half", "cuda/quantized.cu", "piece[g + 8]} << 8", "piece[g + 16]} << 8"
+    ),
+    Mutant(
+        "embed_quantized: the other column", "cuda/quantized.cu", "column < 8 ? half", "column >= 8 ? half"
+    ),
+    Mutant(
+        "dense: rows that are added to are overwritten",
+        "cuda/dense.cuh",
+        "sums[r] = to[r * n] + activate",
+        "sums[r] = activate",
+    ),
     Mutant(
         "attention: block table off by one",
         _ATTENTION,
