@@ -6,7 +6,7 @@
     python tools/cuda_bench.py --show DIRECTORY --dtype float32     tables of an earlier run again
 
 build      cmake --preset cuda-tests: extension, libpyengine_cuda.so, test programs, kernels_bench
-tests      test_gpu_ops, test_gpu_quantized, test_gpu_model, and pytest tests/cuda, on the GPU
+tests      the C++ tests (test_gpu_...), and pytest tests/cuda, on the GPU
 kernels    kernels_bench, and PyTorch's kernels at the same shapes
 workloads  pyengine-cli bench, and ``generate`` of transformers with SDPA, in float16 on random checkpoints
 ncu        (only if named) the kernels of decode steps under NVIDIA's profiler: time, DRAM, multiprocessors
@@ -195,7 +195,10 @@ def build(session: Session, args: argparse.Namespace) -> list[Row]:
 
 
 def tests(session: Session, args: argparse.Namespace) -> list[Row]:
-    for name in ("test_gpu_ops", "test_gpu_quantized", "test_gpu_model"):
+    built = sorted(path.name for path in (BUILD / "gpu").glob("test_gpu_*"))
+    if not built:
+        session.failed.append("C++ tests: not built")
+    for name in built:
         gpu_program(session, "tests", name)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--max-worker-restart", "2", "tests/cuda"]
     command += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
