@@ -78,6 +78,11 @@ class Codec:
             )
         return self.tokenizer.encode(text)[len(self.tokenizer.encode("")) :]
 
+    def number_ids(self) -> array[int]:
+        """Tokens of the model that are digits; none where there is no tokenizer."""
+        found = [] if self.tokenizer is None else self.tokenizer.number_ids()
+        return array("i", [token for token in found if token < self.vocab_size])
+
     def constraint(self, params: StructuredOutputsParams, eos: Sequence[int]) -> Constraint:
         """What the text has to follow, at its start; ``eos``: tokens that may end it."""
         if self._constraints is None:

@@ -108,7 +108,7 @@ def load(
         max_num_batched_tokens=max_num_batched_tokens,
     )
     if speculative is not None:
-        drafter = _drafter(speculative, core, target, config.vocab_size, dtype, engine, max_num_seqs)
+        drafter = _drafter(speculative, core, target, codec, dtype, engine, max_num_seqs)
         engine.speculator = Speculator(drafter, speculative.num_tokens)
     return Loaded(
         checkpoint,
@@ -127,7 +127,7 @@ def _drafter(
     wanted: SpeculativeConfig,
     core: Core,
     target: BackEnd,
-    vocab_size: int,
+    codec: Codec,
     dtype: str,
     engine: Engine,
     max_num_seqs: int,
@@ -138,15 +138,21 @@ def _drafter(
         make_shared = None
         if wanted.method == "suffix":
             make_shared = functools.partial(_C.SharedFollowers, wanted.max_cached_tokens)
-        return NgramDrafting(_C.NgramDrafter, wanted.min_context, wanted.max_context, make_shared)
+        return NgramDrafting(
+            _C.NgramDrafter,
+            wanted.min_context,
+            wanted.max_context,
+            make_shared,
+            lambda: _C.NumberTokens(codec.number_ids()),
+        )
     from pyengine.engine.draft_model import DraftModel
 
     checkpoint = load_checkpoint(wanted.model)
     config = checkpoint.config
-    if config.vocab_size != vocab_size:
+    if config.vocab_size != codec.vocab_size:
         raise ConfigError(
             f"speculative_config: model={wanted.model!r} has a vocabulary of {config.vocab_size}, and the "
-            f"model that it is to draft for one of {vocab_size}: both must belong to the same tokenizer"
+            f"model that it is to draft for one of {codec.vocab_size}: both must belong to the same tokenizer"
         )
     if wanted.quantization is not None:
         target.check("auto", wanted.quantization, "auto")

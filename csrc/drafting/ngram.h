@@ -49,20 +49,35 @@ class SharedFollowers {
   int64_t max_tokens_, num_recent_ = 0, num_older_ = 0;
 };
 
+// Which tokens are digits: contexts that differ in their numbers alone are alike in one respect.
+class NumberTokens {
+ public:
+  explicit NumberTokens(const std::vector<int32_t>& token_ids);
+  bool contains(int32_t token) const {
+    return token >= 0 && static_cast<size_t>(token) < is_number_.size() && is_number_[token];
+  }
+
+ private:
+  std::vector<bool> is_number_;  // by token id
+};
+
 struct Guess {
   int32_t token;
   double probability;  // that this and all guesses before it come
 };
 
-// One text. Contexts of several lengths guess at once; the guess is that of the context that has
-// been right most often when it was as sure as it is now.
+// One text. Contexts of several lengths guess at once, each as it is and, if there are numbers in
+// it, with all numbers taken for one: what follows a number in a table does not depend on the
+// number. The guess is that of the context that has been right most often when it was as sure as it
+// is now.
 class NgramDrafter {
  public:
   static constexpr int kMaxLength = 64;
 
   // Contexts of min_length to max_length tokens (1 to kMaxLength; not every length in between).
-  // `shared`: also what followed in other texts, or null.
-  NgramDrafter(int min_length, int max_length, std::shared_ptr<SharedFollowers> shared);
+  // `shared`: also what followed in other texts, or null; `numbers`: null where none are known.
+  NgramDrafter(int min_length, int max_length, std::shared_ptr<SharedFollowers> shared = nullptr,
+               std::shared_ptr<const NumberTokens> numbers = nullptr);
 
   // The text goes on with tokens[0, n).
   void extend(const int32_t* tokens, int64_t n);
@@ -80,15 +95,21 @@ class NgramDrafter {
     void count(bool was_right);
   };
   static constexpr int kCounts = 4, kAgreements = 3;
+  static constexpr int kViews = 2;         // of a context: as it is, with all numbers alike
+  static constexpr int kMaxContexts = 26;  // views of all lengths
+  using Keys = std::array<uint64_t, kMaxContexts>;
 
-  // keys (lengths_) of the contexts at the end of tokens[0, n); returns how many there are.
-  int hash(const int32_t* tokens, int64_t n, uint64_t* keys) const;
-  size_t kind(int source, int length, const Followers& followers) const;
+  int num_contexts() const { return static_cast<int>(lengths_.size()) * kViews; }
+  // keys[kViews length + view] of the contexts at the end of tokens[0, n), length an index of
+  // lengths_; 0 where there is none.
+  void hash(const int32_t* tokens, int64_t n, Keys& keys) const;
+  size_t kind(int source, int context, const Followers& followers) const;
 
   std::vector<int> lengths_;  // rising
   std::vector<int32_t> tokens_;
   FollowerTable own_;
   std::shared_ptr<SharedFollowers> shared_;
+  std::shared_ptr<const NumberTokens> numbers_;
   std::vector<Record> records_;  // by kind()
 };
 

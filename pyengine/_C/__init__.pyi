@@ -211,12 +211,24 @@ class SharedFollowers:
     @property
     def num_tokens(self) -> int: ...
 
+class NumberTokens:
+    """Which tokens are digits."""
+
+    def __init__(self, token_ids: _Int32Buffer) -> None: ...
+    def __contains__(self, token_id: int) -> bool: ...
+
 class NgramDrafter:
     """An n-gram model of one text that learns as the text grows, and guesses how it goes on."""
 
-    def __init__(self, min_length: int, max_length: int, shared: SharedFollowers | None = None) -> None:
+    def __init__(
+        self,
+        min_length: int,
+        max_length: int,
+        shared: SharedFollowers | None = None,
+        numbers: NumberTokens | None = None,
+    ) -> None:
         """Looks at the last ``min_length`` to ``max_length`` tokens, 1 to 64. ``shared``: learn from and for
-        other texts as well."""
+        other texts as well. ``numbers``: learn also what follows whatever the numbers before are."""
     @property
     def num_tokens(self) -> int: ...
     def extend(self, token_ids: _Int32Buffer) -> None: ...

@@ -39,20 +39,30 @@ class NgramDrafting:
     """Guesses what followed the same tokens before: in the same text, and, if shared, in all others."""
 
     def __init__(
-        self, make: Any, min_context: int, max_context: int, make_shared: Callable[[], Any] | None = None
+        self,
+        make: Any,
+        min_context: int,
+        max_context: int,
+        make_shared: Callable[[], Any] | None = None,
+        find_numbers: Callable[[], Any] | None = None,
     ) -> None:
-        """``make``: _C.NgramDrafter; ``make_shared``: makes a _C.SharedFollowers."""
+        """``make``: _C.NgramDrafter; ``make_shared``: makes a _C.SharedFollowers; ``find_numbers``: makes the
+        _C.NumberTokens of the vocabulary, asked for when the first guess is made."""
         self._make = make
         self._make_shared = make_shared
+        self._find_numbers = find_numbers
+        self._numbers: Any = None
         self._contexts = (min_context, max_context)
         self.forget()
 
     def guess(self, samples: list[tuple[Sample, int]], costs: StepCosts) -> list[list[Guess]]:
+        if self._find_numbers is not None:
+            self._numbers, self._find_numbers = self._find_numbers(), None
         least = costs.least_probability(len(samples))
         found = []
         for sample, most in samples:
             if sample.drafter is None:
-                sample.drafter = self._make(*self._contexts, self._shared)
+                sample.drafter = self._make(*self._contexts, self._shared, self._numbers)
             drafter = sample.drafter
             drafter.extend(sample.token_ids[drafter.num_tokens :])
             found.append(drafter.draft(most, least))

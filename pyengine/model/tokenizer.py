@@ -56,6 +56,11 @@ class Tokenizer(ABC):
             "or taken out between them. A byte-level BPE tokenizer, like GPT-2's, is needed"
         )
 
+    def number_ids(self) -> list[int]:
+        """Ids whose pieces are digits, with or without a space, or WordPiece's "##", in front."""
+        pieces = map(self.readable_piece, range(self.vocab_size))
+        return [token for token, piece in enumerate(pieces) if piece.lstrip(" #").isdecimal()]
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``: special tokens in it are recognised, and exactly those that the tokenizer's
         configuration puts in front are added ([CLS], BOS), never one at the end (EOS, [SEP]).

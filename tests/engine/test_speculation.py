@@ -17,6 +17,7 @@ from pyengine.engine.beams import BeamSearch
 from pyengine.engine.draft_model import DraftModel
 from pyengine.engine.generation import Generation, Sample
 from pyengine.engine.speculation import Guess, NgramDrafting, Speculator, StepCosts
+from pyengine.errors import ConfigError
 
 from .fake_core import VOCAB, drawn
 from .helpers import MAX_MODEL_LEN, engine, generate, params, request, run
@@ -162,7 +163,9 @@ def drafters(directory: Path, max_num_seqs: int, threads: int) -> dict[str, Call
         return DraftModel(core, MAX_MODEL_LEN, max_num_seqs, 50)
 
     return {
-        "ngram": lambda: NgramDrafting(_C.NgramDrafter, 1, 8),
+        "ngram": lambda: NgramDrafting(
+            _C.NgramDrafter, 1, 8, find_numbers=lambda: _C.NumberTokens(array("i", range(0, 50, 3)))
+        ),
         "suffix": lambda: NgramDrafting(_C.NgramDrafter, 1, 24, lambda: _C.SharedFollowers(300)),
         "model": smaller,
     }
@@ -292,6 +295,31 @@ def test_an_ngram_drafter_learns_to_copy_and_to_doubt() -> None:
     doubting = _C.NgramDrafter(1, 8)
     doubting.extend(array("i", [random_ids.randrange(20) for _ in range(2000)]))
     assert all(probability < 0.12 for _, probability in doubting.draft(1))
+
+
+def test_an_ngram_drafter_takes_numbers_for_one() -> None:
+    """After numbers that have not come before it knows what stands between numbers."""
+    numbers, comma, name, end = range(100, 1100), 1, 2, 3
+    random_ids = random.Random(2)
+    rows = [[random_ids.choice(numbers), comma, name, random_ids.choice(numbers), end] for _ in range(40)]
+    text = array("i", [token for row in rows for token in row])
+    right = {}
+    for known in (None, _C.NumberTokens(array("i", numbers))):
+        drafter = _C.NgramDrafter(1, 8, None, known)
+        right[known] = 0
+        for place, token in enumerate(text):
+            drafts = drafter.draft(1)
+            right[known] += [token] == [guess for guess, _ in drafts]
+            drafter.extend(text[place : place + 1])
+    separators = 3 * len(rows)
+    assert right.pop(None) < 0.85 * separators < 0.95 * separators < right.popitem()[1]
+
+
+def test_number_tokens() -> None:
+    known = _C.NumberTokens(array("i", [3, 70]))
+    assert [token for token in (-1, 0, 3, 4, 69, 70, 71, 10**9) if token in known] == [3, 70]
+    with pytest.raises(ConfigError, match="token ids must be 0 or positive, not -2"):
+        _C.NumberTokens(array("i", [-2]))
 
 
 def test_shared_followers_know_other_texts_and_forget_old_ones() -> None:

@@ -411,3 +411,14 @@ def test_readable_pieces_are_the_text(kind: str, tmp_path: Path) -> None:
     if kind.startswith("sp"):
         spelled = [tokenizer.readable_piece(i) for i in tokenizer.encode("😈")]
         assert ("<0xF0>" in spelled) == (kind == "sp-bytes")
+
+
+def test_number_ids_are_the_pieces_of_digits(pair: Pair) -> None:
+    tokenizer, _ = pair
+    numbers = tokenizer.number_ids()
+    assert numbers == sorted(set(numbers)) and all(0 <= token < tokenizer.vocab_size for token in numbers)
+    assert all(tokenizer.decode([token]).strip(" #").isdecimal() for token in numbers)
+    for text in ("1", " 7", "0"):
+        pieces = tokenizer.encode(text)
+        known = [token for token in pieces if tokenizer.decode([token]).strip().isdecimal()]
+        assert set(known) <= set(numbers)
