@@ -159,8 +159,9 @@ struct Kernels {
 
   // Of one row of logits or weights, the same bits on every instruction set: see ops.h.
   bool (*block_maxima)(const float* x, int64_t n, float* maxima);
-  void (*exp_weights)(const float* x, int64_t n, float max, float scale, float* weights,
-                      float* block_sums);
+  // Blocks whose maximum is below `skipped` have no weight; nor has what weighs `limit` or less.
+  void (*exp_weights)(const float* x, const float* maxima, int64_t n, float max, float scale,
+                      float skipped, float limit, float* weights, float* block_sums);
   void (*sums_above)(const float* w, int64_t n, const float* thresholds, double* sums);
   void (*keep_above)(float* w, int64_t n, float threshold, float* block_sums);
   int64_t (*select_between)(const float* x, int64_t n, float low, float high, int32_t* indices);

@@ -1,4 +1,8 @@
 // Passes of ops.h over one row of logits or weights.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "cpu/kernels.h"
 #include "ops/ops.h"
 
@@ -8,9 +12,15 @@ bool block_maxima(const ExecContext& ctx, const float* x, int64_t n, float* maxi
   return ctx.kernels.block_maxima(x, n, maxima);
 }
 
-void exp_weights(const ExecContext& ctx, const float* x, int64_t n, float max, float scale,
-                 float* weights, float* block_sums) {
-  ctx.kernels.exp_weights(x, n, max, scale, weights, block_sums);
+void exp_weights(const ExecContext& ctx, const float* x, const float* maxima, int64_t n, float max,
+                 float scale, double least, float* weights, float* block_sums) {
+  constexpr float kLowest = std::numeric_limits<float>::lowest();
+  // Below this logit a token surely weighs less, rounding included.
+  const auto below = static_cast<float>(std::log(least)) - 1e-4f;
+  const float skipped = std::clamp(max + below / scale, kLowest, max);
+  auto limit = static_cast<float>(least);  // the largest float below `least`
+  if (limit >= least) limit = std::nextafter(limit, -1.0f);
+  ctx.kernels.exp_weights(x, maxima, n, max, scale, skipped, limit, weights, block_sums);
 }
 
 void sums_above(const ExecContext& ctx, const float* weights, int64_t n, const float* thresholds,

@@ -70,93 +70,87 @@ static bool block_maxima(const float* x, int64_t n, float* maxima) {
   return (missing & ((1u << kLanes) - 1)) == 0;
 }
 
-// weights = exp((x - max) * scale), and the sum of each kLogitBlock of them.
-static void exp_weights(const float* x, int64_t n, float highest, float scale, float* weights,
-                        float* block_sums) {
-  const Vf shift = set1(highest), factor = set1(scale);
-  for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
-    const int64_t end = n - begin < kLogitBlock ? n : begin + kLogitBlock;
-    Lanes16 total = lanes16(0.0f);
-    for (int64_t i = begin; i < end; i += kSumLanes) {
-      for (int j = 0; j < kSumVectors; ++j) {
-        const int64_t at = i + j * kLanes, left = end - at;
-        if (left <= 0) break;
-        if (left >= kLanes) {
-          const Vf w = exp_unfused(mul(sub(load(x + at), shift), factor));
-          store(weights + at, w);
-          total.v[j] = add(total.v[j], w);
-        } else {
-          const int some = static_cast<int>(left);
-          const Vf w =
-              keep_first(exp_unfused(mul(sub(load(x + at, some), shift), factor)), some, zero());
-          store(weights + at, w, some);
-          total.v[j] = add(total.v[j], w);
-        }
-      }
-    }
-    block_sums[begin / kLogitBlock] = sum16(total);
-  }
-}
-
-// sums[k] += the weights above thresholds[k], k < 4, of n <= kSumChunk weights.
-PYENGINE_INLINE void sum_above4(const float* w, int64_t n, const float* thresholds, double* sums) {
-  Lanes16 total[4];
-  Vf limits[4];
-  for (int k = 0; k < 4; ++k) {
-    total[k] = lanes16(0.0f);
-    limits[k] = set1(thresholds[k]);
-  }
-  for (int64_t i = 0; i < n; i += kSumLanes) {
+// out[i] = map(x[i]), i < n; returns the sum.
+template <class Map>
+PYENGINE_INLINE float map_block(const float* x, int64_t n, float* out, Map map) {
+  Lanes16 total = lanes16(0.0f);
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
     for (int j = 0; j < kSumVectors; ++j) {
-      const int64_t at = i + j * kLanes, left = n - at;
-      if (left <= 0) break;
-      const Vf v = left >= kLanes ? load(w + at) : load(w + at, static_cast<int>(left));
-      for (int k = 0; k < 4; ++k) {
-        total[k].v[j] = add(total[k].v[j], select_greater(v, limits[k], v, zero()));
-      }
+      const Vf v = map(load(x + i + j * kLanes));
+      store(out + i + j * kLanes, v);
+      total.v[j] = add(total.v[j], v);
     }
   }
-  for (int k = 0; k < 4; ++k) sums[k] += sum16(total[k]);
+  for (int j = 0; i < n; i += kLanes, ++j) {
+    const int some = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const Vf v = keep_first(map(load(x + i, some)), some, zero());
+    store(out + i, v, some);
+    total.v[j] = add(total.v[j], v);
+  }
+  return sum16(total);
 }
 
-constexpr int64_t kSumChunk = 2048;  // 8 KB, read once for each four thresholds
+// weights = exp((x - max) * scale) where that is above `limit`, else 0, and the sum of each
+// kLogitBlock of them; blocks whose maximum is below `skipped` are not looked at.
+static void exp_weights(const float* x, const float* maxima, int64_t n, float highest, float scale,
+                        float skipped, float limit, float* weights, float* block_sums) {
+  const Vf shift = set1(highest), factor = set1(scale), above = set1(limit);
+  auto weight = [&](Vf v) { return exp_unfused(mul(sub(v, shift), factor)); };
+  auto heavy = [&](Vf v) {
+    const Vf w = weight(v);
+    return select_greater(w, above, w, zero());
+  };
+  for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
+    const int64_t some = n - begin < kLogitBlock ? n - begin : kLogitBlock;
+    float* out = weights + begin;
+    float& sum = block_sums[begin / kLogitBlock];
+    if (maxima[begin / kLogitBlock] < skipped) {
+      __builtin_memset(out, 0, sizeof(float) * static_cast<size_t>(some));
+      sum = 0.0f;
+    } else {
+      sum = limit < 0 ? map_block(x + begin, some, out, weight)
+                      : map_block(x + begin, some, out, heavy);
+    }
+  }
+}
+
+constexpr int64_t kSumChunk = 2048;  // float sums of so many weights are added in double
 
 // sums[k] = the weights above thresholds[k], k < kSumThresholds.
 static void sums_above(const float* w, int64_t n, const float* thresholds, double* sums) {
-  for (int k = 0; k < kSumThresholds; ++k) sums[k] = 0.0;
+  Vf limits[kSumThresholds];
+  for (int k = 0; k < kSumThresholds; ++k) {
+    limits[k] = set1(thresholds[k]);
+    sums[k] = 0.0;
+  }
   for (int64_t begin = 0; begin < n; begin += kSumChunk) {
-    const int64_t some = n - begin < kSumChunk ? n - begin : kSumChunk;
-    for (int k = 0; k < kSumThresholds; k += 4) {
-      sum_above4(w + begin, some, thresholds + k, sums + k);
+    const int64_t end = n - begin < kSumChunk ? n : begin + kSumChunk;
+    Lanes16 total[kSumThresholds];
+    for (Lanes16& each : total) each = lanes16(0.0f);
+    auto add_to = [&](int j, Vf v) {
+      for (int k = 0; k < kSumThresholds; ++k) {
+        total[k].v[j] = add(total[k].v[j], select_greater(v, limits[k], v, zero()));
+      }
+    };
+    int64_t i = begin;
+    for (; i + kSumLanes <= end; i += kSumLanes) {
+      for (int j = 0; j < kSumVectors; ++j) add_to(j, load(w + i + j * kLanes));
     }
+    for (int j = 0; i < end; i += kLanes, ++j) {
+      add_to(j, end - i < kLanes ? load(w + i, static_cast<int>(end - i)) : load(w + i));
+    }
+    for (int k = 0; k < kSumThresholds; ++k) sums[k] += sum16(total[k]);
   }
 }
 
 // Weights that are not above the threshold become 0; the sum of each kLogitBlock of them.
 static void keep_above(float* w, int64_t n, float threshold, float* block_sums) {
   const Vf limit = set1(threshold);
+  auto keep = [&](Vf v) { return select_greater(v, limit, v, zero()); };
   for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
-    const int64_t end = n - begin < kLogitBlock ? n : begin + kLogitBlock;
-    Lanes16 total = lanes16(0.0f);
-    for (int64_t i = begin; i < end; i += kSumLanes) {
-      for (int j = 0; j < kSumVectors; ++j) {
-        const int64_t at = i + j * kLanes, left = end - at;
-        if (left <= 0) break;
-        if (left >= kLanes) {
-          Vf v = load(w + at);
-          v = select_greater(v, limit, v, zero());
-          store(w + at, v);
-          total.v[j] = add(total.v[j], v);
-        } else {
-          const int some = static_cast<int>(left);
-          Vf v = load(w + at, some);
-          v = keep_first(select_greater(v, limit, v, zero()), some, zero());
-          store(w + at, v, some);
-          total.v[j] = add(total.v[j], v);
-        }
-      }
-    }
-    block_sums[begin / kLogitBlock] = sum16(total);
+    const int64_t some = n - begin < kLogitBlock ? n - begin : kLogitBlock;
+    block_sums[begin / kLogitBlock] = map_block(w + begin, some, w + begin, keep);
   }
 }
 

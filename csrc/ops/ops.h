@@ -147,9 +147,10 @@ void log_sum_exp(ExecContext& ctx, const float* logits, int64_t vocab_size, cons
 // every instruction set, so that a seed draws the same token from the same logits everywhere.
 // maxima (ceil(n / kLogitBlock),): the largest of each block; false if a value is NaN.
 bool block_maxima(const ExecContext& ctx, const float* x, int64_t n, float* maxima);
-// weights[i] = exp((x[i] - max) scale), scale > 0, max the largest x; block_sums as maxima.
-void exp_weights(const ExecContext& ctx, const float* x, int64_t n, float max, float scale,
-                 float* weights, float* block_sums);
+// weights[i] = exp((x[i] - max) scale) where that is at least `least` <= 1, else 0; scale > 0, max
+// the largest x, maxima as above; block_sums (ceil(n / kLogitBlock),) of the weights.
+void exp_weights(const ExecContext& ctx, const float* x, const float* maxima, int64_t n, float max,
+                 float scale, double least, float* weights, float* block_sums);
 // sums[k], k < kSumThresholds: of the weights above thresholds[k].
 void sums_above(const ExecContext& ctx, const float* weights, int64_t n, const float* thresholds,
                 double* sums);

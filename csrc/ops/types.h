@@ -73,7 +73,7 @@ constexpr int64_t packed_words(DType dtype, int64_t in_features, int64_t out_fea
          packed_column_words(dtype, in_features);
 }
 
-constexpr int kSumThresholds = 8;  // of sums_above
+constexpr int kSumThresholds = 4;  // of sums_above
 
 // The order in which tokens are preferred: higher logit, then lower id.
 constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {

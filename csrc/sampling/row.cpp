@@ -99,11 +99,11 @@ void Row::select_top_k(int32_t k, std::vector<Candidate>& out) {
             out.end());
 }
 
-double Row::all_weights(float temperature) {
+double Row::weights_at_least(double least, float temperature) {
   weights_.resize(vocab_size_);
   block_sum_.resize(block_max_.size());
-  ops::exp_weights(*ctx_, logits_, vocab_size_, max_, inverse_temperature(temperature),
-                   weights_.data(), block_sum_.data());
+  ops::exp_weights(*ctx_, logits_, block_max_.data(), vocab_size_, max_,
+                   inverse_temperature(temperature), least, weights_.data(), block_sum_.data());
   return sum_blocks();
 }
 
@@ -113,43 +113,84 @@ double Row::sum_blocks() const {
   return total;
 }
 
+// thresholds rise, from `low` to `high`. The mass above one of them is that of these weights, and
+// of others that are above all of them.
+void Row::narrow(const float* weights, int64_t n, const float* thresholds, double enough,
+                 double mass_of_others, Edge& edge) const {
+  double sums[ops::kSumThresholds];
+  ops::sums_above(*ctx_, weights, n, thresholds, sums);
+  int first_short = 0;
+  while (first_short < ops::kSumThresholds && mass_of_others + sums[first_short] >= enough) {
+    ++first_short;
+  }
+  if (first_short < ops::kSumThresholds) {
+    edge.high = thresholds[first_short];
+    edge.mass_above = mass_of_others + sums[first_short];
+  }
+  if (first_short > 0) edge.low = thresholds[first_short - 1];
+}
+
+// Until high / low is at most `ratio`, as far as floats go.
+void Row::narrow_to(double ratio, const float* weights, int64_t n, double enough,
+                    double mass_of_others, Edge& edge) const {
+  for (int round = 0; round < 12 && edge.high > ratio * edge.low; ++round) {
+    float thresholds[ops::kSumThresholds];
+    const double step = std::log(double{edge.high} / edge.low) / (ops::kSumThresholds + 1);
+    for (int k = 0; k < ops::kSumThresholds; ++k) {
+      const auto threshold = static_cast<float>(edge.low * std::exp(step * (k + 1)));
+      thresholds[k] = std::min(threshold, edge.high);
+    }
+    narrow(weights, n, thresholds, enough, mass_of_others, edge);
+  }
+}
+
+// Where top-p seems to end, from one weight in eight.
+float Row::guess_edge(double top_p, Edge edge) {
+  constexpr int32_t kOfBlock = kBlock / 8;
+  scratch_.clear();
+  for (int32_t begin = 0; begin < vocab_size_; begin += kBlock) {
+    const auto first = weights_.begin() + begin;
+    scratch_.insert(scratch_.end(), first, first + std::min(kOfBlock, vocab_size_ - begin));
+  }
+  const auto n = static_cast<int64_t>(scratch_.size());
+  const float all[ops::kSumThresholds] = {};
+  double total[ops::kSumThresholds];
+  ops::sums_above(*ctx_, scratch_.data(), n, all, total);
+  narrow_to(1.01, scratch_.data(), n, top_p * total[0], 0.0, edge);
+  return std::sqrt(edge.low * edge.high);
+}
+
 double Row::keep_top_p(double top_p) {
   const double total = sum_blocks(), enough = top_p * total;
-  // The tokens above `low` reach `enough`, those above `high` do not: what weighs less than `low`
-  // at first weighs less than 1 - top_p all together (the factor leaves room for rounding).
+  // What weighs less than `low` weighs less than 1 - top_p all together (the factor leaves room for
+  // rounding).
   const double light = (1.0 - top_p) * total / vocab_size_ * 0.5;
-  auto low = static_cast<float>(std::clamp(light, 1e-37, 0.5)), high = 1.0f;
-  double above_high = 0;
-  constexpr int kRounds = 3;  // each narrows [low, high] to a ninth
-  for (int round = 0; round < kRounds; ++round) {
-    float thresholds[ops::kSumThresholds];
-    double sums[ops::kSumThresholds];
-    const double step = std::log(double{high} / low) / (ops::kSumThresholds + 1);
-    for (int k = 0; k < ops::kSumThresholds; ++k) {
-      thresholds[k] = std::min(static_cast<float>(low * std::exp(step * (k + 1))), high);
-    }
-    ops::sums_above(*ctx_, weights_.data(), vocab_size_, thresholds, sums);
-    const auto first_short = std::find_if(std::begin(sums), std::end(sums),
-                                          [enough](double sum) { return sum < enough; }) -
-                             std::begin(sums);
-    if (first_short < ops::kSumThresholds) {
-      high = thresholds[first_short];
-      above_high = sums[first_short];
-    }
-    if (first_short > 0) low = thresholds[first_short - 1];
-  }
+  Edge edge{static_cast<float>(std::clamp(light, 1e-37, 0.5)), 1.0f, 0.0};
+  // One pass over all weights is enough: few are as near to the edge as a guess from thousands of
+  // tokens is, and where few tokens weigh anything, few are anywhere near.
+  constexpr float kNear = 1.04f, kFar = 1.65f;
+  const float guess = guess_edge(top_p, edge);
+  float thresholds[ops::kSumThresholds] = {guess / kFar, guess / kNear, guess * kNear,
+                                           guess * kFar};
+  for (float& t : thresholds) t = std::clamp(t, edge.low, edge.high);
+  narrow(weights_.data(), vocab_size_, thresholds, enough, 0.0, edge);
+
   auto above = [](float x) { return std::nextafter(x, std::numeric_limits<float>::infinity()); };
   indices_.resize(vocab_size_);
-  const int64_t found = ops::select_between(*ctx_, weights_.data(), vocab_size_, above(low),
-                                            above(high), indices_.data());
+  const int64_t found = ops::select_between(*ctx_, weights_.data(), vocab_size_, above(edge.low),
+                                            above(edge.high), indices_.data());
+  scratch_.clear();
+  for (int64_t i = 0; i < found; ++i) scratch_.push_back(weights_[indices_[i]]);
+  narrow_to(1.003, scratch_.data(), found, enough, edge.mass_above, edge);
   edge_.clear();
   for (int64_t i = 0; i < found; ++i) {
     const int32_t id = indices_[i];
+    if (weights_[id] <= edge.low || weights_[id] > edge.high) continue;
     edge_.push_back({id, logits_[id], weights_[id]});
   }
   std::sort(edge_.begin(), edge_.end(), better);
-  ops::keep_above(*ctx_, weights_.data(), vocab_size_, high, block_sum_.data());
-  double mass = above_high;
+  ops::keep_above(*ctx_, weights_.data(), vocab_size_, edge.high, block_sum_.data());
+  double mass = edge.mass_above;
   for (const Candidate& c : edge_) {
     if (mass > 0 && mass >= enough) break;
     mass += c.weight;

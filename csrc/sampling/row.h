@@ -48,23 +48,35 @@ class Row {
   // All tokens with logit >= threshold, ids rising; weights unset.
   void select_at_least(float threshold, std::vector<Candidate>& out) const;
 
-  // weights[i] = exp((logits[i] - max) / temperature) for all tokens; returns their sum.
-  double all_weights(float temperature);
+  // weights[i] = exp((logits[i] - max) / temperature) where that is at least `least`, at most 1,
+  // else 0; returns their sum.
+  double weights_at_least(double least, float temperature);
 
-  // After all_weights(): the weights of tokens that are cut off become 0; what is left of the sum.
-  // top_p < 1: keeps the smallest set of best tokens that reaches it; at least one.
+  // After weights_at_least(): the weights of tokens that are cut off become 0; what is left of the
+  // sum. top_p < 1: keeps the smallest set of best tokens that reaches it; at least one.
   double keep_top_p(double top_p);
   double keep_at_least(double weight);  // at most 1, the weight of the best token
 
-  float weight(int32_t id) const { return weights_[id]; }   // of the last all_weights()
+  float weight(int32_t id) const { return weights_[id]; }   // of the last weights_at_least()
   void select_weighted(std::vector<Candidate>& out) const;  // all that weigh anything, ids rising
 
   // The first token, ids rising, at which the running sum of the weights passes `target`.
   int32_t draw_from_all(double target) const;
 
  private:
+  // Where top-p ends: the tokens that weigh more than `low` reach it, those above `high` do not.
+  struct Edge {
+    float low, high;
+    double mass_above;  // of the tokens above `high`
+  };
+
   bool take_maxima(const float* block_max);
   double sum_blocks() const;
+  void narrow(const float* weights, int64_t n, const float* thresholds, double enough,
+              double mass_of_others, Edge& edge) const;
+  void narrow_to(double ratio, const float* weights, int64_t n, double enough,
+                 double mass_of_others, Edge& edge) const;
+  float guess_edge(double top_p, Edge edge);
 
   const ExecContext* ctx_ = nullptr;
   const float* logits_ = nullptr;

@@ -91,7 +91,7 @@ TEST(exponential_is_accurate) {
 TEST(passes_over_a_row_give_the_same_bits_on_every_instruction_set) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
   struct Passes {
-    std::vector<float> maxima, weights, sums, kept, kept_sums;
+    std::vector<float> maxima, weights, sums, heavy, heavy_sums, kept, kept_sums;
     std::vector<double> above;
     std::vector<int32_t> between;
     bool numbers, with_nan;
@@ -114,9 +114,13 @@ TEST(passes_over_a_row_give_the_same_bits_on_every_instruction_set) {
         p.weights.resize(n);
         p.above.resize(ops::kSumThresholds);
         p.numbers = ops::block_maxima(ctx, x.data(), n, p.maxima.data());
-        ops::exp_weights(ctx, x.data(), n, highest, scale, p.weights.data(), p.sums.data());
-        const float thresholds[ops::kSumThresholds] = {0,     1e-6f, 1e-4f, 1e-3f,
-                                                       1e-2f, 0.1f,  0.5f,  1.0f};
+        ops::exp_weights(ctx, x.data(), p.maxima.data(), n, highest, scale, 0.0, p.weights.data(),
+                         p.sums.data());
+        p.heavy.resize(n);
+        p.heavy_sums.resize(blocks);
+        ops::exp_weights(ctx, x.data(), p.maxima.data(), n, highest, scale, 0.05, p.heavy.data(),
+                         p.heavy_sums.data());
+        const float thresholds[ops::kSumThresholds] = {0, 1e-4f, 0.1f, 1.0f};
         ops::sums_above(ctx, p.weights.data(), n, thresholds, p.above.data());
         p.kept = p.weights;
         ops::keep_above(ctx, p.kept.data(), n, 1e-3f, p.kept_sums.data());
@@ -130,10 +134,12 @@ TEST(passes_over_a_row_give_the_same_bits_on_every_instruction_set) {
       }
       for (int i = 0; i < n; ++i) {
         CHECK_EQ(all[0].weights[i], sampling::exp_nonpositive((x[i] - highest) * scale));
+        CHECK_EQ(all[0].heavy[i], all[0].weights[i] >= 0.05 ? all[0].weights[i] : 0.0f);
       }
       for (const Passes& p : all) {
         CHECK(p.numbers && !p.with_nan);
         CHECK(p.maxima == all[0].maxima && p.weights == all[0].weights && p.sums == all[0].sums);
+        CHECK(p.heavy == all[0].heavy && p.heavy_sums == all[0].heavy_sums);
         CHECK(p.above == all[0].above && p.between == all[0].between);
         CHECK(p.kept == all[0].kept && p.kept_sums == all[0].kept_sums);
       }
