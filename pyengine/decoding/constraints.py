@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
+# Between the parts of JSON: what pretty-printers put there, as in llama.cpp. Without a bound, small models go on
+# with white space until they run out of tokens.
+_WHITESPACE = r"( |\n{1,2}[ \t]{0,20})?"
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,9 @@ class ConstraintCompiler:
         name = "json" if kind == "json_schema" else "grammar" if kind in ("gbnf", "lark") else kind
         try:
             if kind == "json_schema":
-                options = {"whitespace_flexible": False} if params.disable_any_whitespace else None
+                options: dict[str, Any] = {"whitespace_pattern": _WHITESPACE}
+                if params.disable_any_whitespace:
+                    options = {"whitespace_flexible": False}
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options)
             else:
                 grammar = llguidance.grammar_from(kind, text)
@@ -202,8 +207,8 @@ class ConstraintCompiler:
 
 
 def _line(message: object) -> str:
-    """What llguidance says, on one line: its pictures of the place need several."""
-    return " ".join(str(message).split())
+    """What llguidance says, on one line, without the marks that point to a place in the line above."""
+    return " ".join(word for word in str(message).split() if word.strip("^"))
 
 
 class _Vocabulary:
