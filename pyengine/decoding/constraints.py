@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pyengine.model.tokenizer import Tokenizer
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
-# Between the parts of JSON: what pretty-printers put there, as in llama.cpp. Without a bound, small models go on
-# with white space until they run out of tokens.
+# Between the parts of JSON: what pretty-printers put there, as in llama.cpp. Without a bound, small models go
+# on with white space until they run out of tokens.
 _WHITESPACE = r"( |\n{1,2}[ \t]{0,20})?"
 
 
