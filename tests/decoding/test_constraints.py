@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,22 @@ def test_keywords_that_another_validator_judges(llm: LLM, seed: int) -> None:
         assert output.outputs[0].finish_reason == "stop", (schema, output.outputs[0].text)
         draft = validators.Draft202012Validator
         draft(schema, format_checker=draft.FORMAT_CHECKER).validate(json.loads(output.outputs[0].text))
+
+
+def test_white_space_between_parts_has_a_bound(llm: LLM) -> None:
+    """However likely it is, it ends, and the text is complete."""
+    assert llm.tokenizer is not None
+    texts = [llm.tokenizer.decode([token]) for token in range(llm.config.vocab_size)]
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    params = SamplingParams(
+        structured_outputs=StructuredOutputsParams(json={**schema, "additionalProperties": False}),
+        logit_bias={token: 30.0 for token, text in enumerate(texts) if text.isspace()},
+        max_tokens=200,
+        seed=1,
+    )
+    output = llm.generate("x", params)[0].outputs[0]
+    assert output.finish_reason == "stop" and json.loads(output.text)["a"] in (1, 2)
+    assert len(output.text) > 12 and max(len(run) for run in re.findall(r"\s+", output.text)) <= 22
 
 
 def test_ends_without_eos(llm: LLM) -> None:
