@@ -174,3 +174,21 @@ def test_equal_to_transformers_in_the_documented_order(
             assert not (differ & ~at_the_edge(name, params[name], before)).any(), (name, params[name])
             both = ~differ & ~np.isneginf(ours)
             np.testing.assert_array_equal(ours[both], before[both])
+
+
+@pytest.mark.parametrize("deviation", [0.1, 0.75, 1.5, 2.5, 4.0, 8.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.02])
+def test_cuts_of_a_large_vocabulary(deviation: float, min_p: float) -> None:
+    """Flat and peaked rows as large as GPT-2's: top-p keeps the smallest set that reaches it."""
+    logits = np.random.default_rng(3).normal(0, deviation, 50_257).astype(np.float32)
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    p /= p.sum()
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        kept = process(logits, [], 0, top_p=top_p, min_p=min_p) > -np.inf
+        heavy = p >= min_p * p.max() * (1 + 1e-6)
+        assert kept.any() and not (kept & (p < min_p * p.max() * (1 - 1e-6))).any()
+        least = p[kept].min()
+        assert p[p > least].sum() < top_p + EDGE
+        assert p[kept].sum() > top_p - EDGE or not (heavy & ~kept).any()
+    kept = process(logits, [], 0, min_p=0.3) > -np.inf
+    assert (kept == (p >= 0.3 * p.max()))[np.abs(p / p.max() - 0.3) > 1e-5].all()
