@@ -201,7 +201,7 @@ def tests(session: Session, args: argparse.Namespace) -> list[Row]:
     for name in built:
         gpu_program(session, "tests", name)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--max-worker-restart", "2", "tests/cuda"]
-    command += ["-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    command += ["-p", "no:cacheprovider"]
     session.run("tests", "tests/cuda", command, 150, {"PYENGINE_TEST_GPU": "1"})
     return []
 

@@ -40,10 +40,9 @@ void cpu_relax() {
 std::atomic<int> fork_count{0};
 
 void count_forks() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
-  });
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1, std::memory_order_relaxed); });
+  static_cast<void>(registered);
 }
 
 // The state of a loop in one word: epoch (which loop) | open (may workers join?) | workers inside.
