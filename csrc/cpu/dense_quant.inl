@@ -88,7 +88,9 @@ static void prepare_quant(const void* x, int64_t rows, int64_t in_features, void
 
 // One tile of 16 columns and some rows.
 struct QuantTile {
-  const int32_t* x;      // prepared rows
+  const int32_t* rows;  // prepared
+  const int32_t* x;     // their inputs as the products read them, ldx words apart
+  int64_t ldx;
   const uint8_t* w;      // the tile's lines
   const uint8_t* group;  // packed_nibbles: 16 bytes for each kNibbleGroup k's
   float* y;              // y[r][0, 16), ldy apart
@@ -97,14 +99,14 @@ struct QuantTile {
 };
 
 // What one step of the loop over k reads: kWords words of each of the rows.
-struct LayerInt8 {
+struct Int8Words {
   static constexpr int kLinesPerStep = 4;
   static constexpr int kWordsPerLine = 1;
   PYENGINE_INLINE void load(const uint8_t* w, int line, int v, const Group&, Vi* words) {
     words[0] = load_words(w + line * kLineBytes + v * kLanes * 4);
   }
 };
-struct LayerInt4 {
+struct Int4Words {
   static constexpr int kLinesPerStep = kNibbleGroup / 8;
   static constexpr int kWordsPerLine = 2;
   PYENGINE_INLINE void load(const uint8_t* w, int line, int v, const Group& g, Vi* words) {
@@ -119,12 +121,12 @@ constexpr int dot_chains(int rows) {
   return chains >= 4 ? 4 : chains >= 2 ? 2 : 1;
 }
 
-template <class Layer, int kRows>
+template <class Words, int kRows>
 static void dot_tile(const QuantTile& t, const RowLayout& layout) {
-  const int64_t ldx = layout.words;
+  const int64_t ldx = t.ldx, half = layout.inputs / 4;
   constexpr int kChains = dot_chains(kRows);
-  constexpr int kStep = Layer::kLinesPerStep;
-  constexpr int kPerLine = Layer::kWordsPerLine;
+  constexpr int kStep = Words::kLinesPerStep;
+  constexpr int kPerLine = Words::kWordsPerLine;
   const uint8_t* w = t.w;
   const uint8_t* group_bytes = t.group;
   for (int64_t g = 0; g < layout.groups; ++g) {
@@ -148,18 +150,20 @@ static void dot_tile(const QuantTile& t, const RowLayout& layout) {
 #pragma GCC unroll 4
       for (int line = 0; line < kStep; ++line) {
         if (t.prefetch) __builtin_prefetch(w + (line + kLinesAhead) * kLineBytes, 0, 3);
+        Vi loaded[kTileVecs][kPerLine];
 #pragma GCC unroll 4
-        for (int v = 0; v < kTileVecs; ++v) {
-          Vi loaded[kPerLine];
-          Layer::load(w, line, v, groups[v], loaded);
+        for (int v = 0; v < kTileVecs; ++v) Words::load(w, line, v, groups[v], loaded[v]);
 #pragma GCC unroll 2
-          for (int i = 0; i < kPerLine; ++i) {
-            const Bytes b = bytes(loaded[i]);
-            const int word = line * kPerLine + i, chain = word % kChains;
+        for (int i = 0; i < kPerLine; ++i) {
+          const int word = line * kPerLine + i, chain = word % kChains;
+          Bytes b[kTileVecs];
+#pragma GCC unroll 4
+          for (int v = 0; v < kTileVecs; ++v) b[v] = bytes(loaded[v][i]);
 #pragma GCC unroll 16
-            for (int r = 0; r < kRows; ++r) {
-              dot(acc[chain][r][v], b, inputs(x + r * ldx + word));
-            }
+          for (int r = 0; r < kRows; ++r) {
+            const Inputs in = inputs(x + r * ldx + word, half);
+#pragma GCC unroll 4
+            for (int v = 0; v < kTileVecs; ++v) dot(acc[chain][r][v], b[v], in);
           }
         }
       }
@@ -168,7 +172,7 @@ static void dot_tile(const QuantTile& t, const RowLayout& layout) {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const int32_t* row = t.x + r * layout.words;
+      const int32_t* row = t.rows + r * layout.words;
       const Vf scale = set1(layout.scales(row)[g]);
       const Vi offset = set1(layout.offsets(row)[g]);
 #pragma GCC unroll 4
@@ -183,11 +187,35 @@ static void dot_tile(const QuantTile& t, const RowLayout& layout) {
   }
 }
 
+// A `Layer` is a form of weights: what it makes of a row of inputs before the products, once for
+// all tiles of an item, and the products of a tile.
+struct LayerInt8 {
+  static constexpr bool kNibbles = false, kUnpacks = false;
+  static int64_t spread_words(const RowLayout& layout) {
+    return kSpreadsInputs ? layout.inputs / 2 : 0;
+  }
+  static void spread(const int32_t* row, const RowLayout& layout, int32_t* out) {
+    spread_inputs(row, layout.inputs / 4, out);
+  }
+  template <int kRows>
+  PYENGINE_INLINE void multiply(const QuantTile& t, const RowLayout& layout) {
+    dot_tile<Int8Words, kRows>(t, layout);
+  }
+};
+
+struct LayerInt4 : LayerInt8 {
+  static constexpr bool kNibbles = true, kUnpacks = true;  // for more than kDotRows rows
+  template <int kRows>
+  PYENGINE_INLINE void multiply(const QuantTile& t, const RowLayout& layout) {
+    dot_tile<Int4Words, kRows>(t, layout);
+  }
+};
+
 template <class Layer, int kRows = kDotRows>
 PYENGINE_INLINE void dot_rows(int64_t rows, const QuantTile& t, const RowLayout& layout) {
   if constexpr (kRows > 0) {
     if (rows == kRows) {
-      dot_tile<Layer, kRows>(t, layout);
+      Layer::template multiply<kRows>(t, layout);
     } else {
       dot_rows<Layer, kRows - 1>(rows, t, layout);
     }
@@ -246,50 +274,78 @@ static void finish_rows(const DenseJob& j, int64_t row0, int64_t row1, int64_t c
   }
 }
 
+// Rows whose inputs are spread at a time: they stay in the second-level cache.
+constexpr int64_t kSpreadWords = 64 * 1024;
+
+template <class Layer>
+static int64_t rows_at_once(const RowLayout& layout, int64_t rows) {
+  const int64_t words = Layer::spread_words(layout);
+  if (words == 0) return rows;
+  const int64_t most = kSpreadWords / words / kDotRows * kDotRows;
+  return smaller(most > kDotRows ? most : kDotRows, rows);
+}
+
 template <class Layer>
 static int64_t scratch_floats_quant(int64_t in_features, int64_t rows, int64_t cols) {
+  const RowLayout layout(in_features);
   const int64_t sums = rows * ((cols + 15) / 16 * 16);
-  const bool unpacks = Layer::kWordsPerLine == 2 && rows > kDotRows;
-  return sums + (unpacks ? RowLayout(in_features).inputs * 4 : 0);
+  const int64_t spread = rows_at_once<Layer>(layout, rows) * Layer::spread_words(layout);
+  const bool unpacks = Layer::kUnpacks && rows > kDotRows;
+  return sums + spread + (unpacks ? layout.inputs * 4 : 0);
 }
 
 template <class Layer>
 static void run_quant(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0, int64_t col1,
                       float* scratch) {
   const RowLayout layout(j.in_features);
-  constexpr bool kNibbles = Layer::kWordsPerLine == 2;
+  constexpr bool kNibbles = Layer::kNibbles;
   const int64_t rows = row1 - row0, cols = col1 - col0, ldc = (cols + 15) / 16 * 16;
   const int64_t tile_bytes = layout.inputs * (kNibbles ? 8 : 16);
   // More rows than one pass takes: a tile of nibbles is unpacked once for all of them.
-  const bool unpacks = kNibbles && rows > kDotRows;
-  auto* unpacked = reinterpret_cast<uint8_t*>(scratch + rows * ldc);
-  QuantTile t;
-  t.ldy = ldc;
-  for (int64_t col = 0; col < cols; col += ops::kTileColumns) {
-    const int64_t tile = (col0 + col) / ops::kTileColumns;
-    t.w = static_cast<const uint8_t*>(j.w) + tile * tile_bytes;
-    t.group = kNibbles ? j.w_group + tile * (layout.inputs / kNibbleGroup * 16) : nullptr;
-    if (unpacks) {
-      unpack_tile(t.w, t.group, layout.inputs, unpacked);
-      t.w = unpacked;
+  const bool unpacks = Layer::kUnpacks && rows > kDotRows;
+  const int64_t most_rows = rows_at_once<Layer>(layout, rows), words = Layer::spread_words(layout);
+  auto* spread = reinterpret_cast<int32_t*>(scratch + rows * ldc);
+  auto* unpacked = reinterpret_cast<uint8_t*>(spread + most_rows * words);
+  for (int64_t r0 = 0; r0 < rows; r0 += most_rows) {
+    const int64_t r1 = smaller(r0 + most_rows, rows);
+    const int32_t* prepared = static_cast<const int32_t*>(j.x) + (row0 + r0) * layout.words;
+    for (int64_t r = 0; words > 0 && r < r1 - r0; ++r) {
+      Layer::spread(prepared + r * layout.words, layout, spread + r * words);
     }
-    for (int64_t r = 0; r < rows; r += kDotRows) {
-      t.x = static_cast<const int32_t*>(j.x) + (row0 + r) * layout.words;
-      t.y = scratch + r * ldc + col;
-      t.prefetch = r == 0 && !unpacks;
-      const int64_t count = smaller(kDotRows, rows - r);
-      unpacks ? dot_rows<LayerInt8>(count, t, layout) : dot_rows<Layer>(count, t, layout);
+    QuantTile t;
+    t.ldx = words > 0 ? words : layout.words;
+    t.ldy = ldc;
+    for (int64_t col = 0; col < cols; col += ops::kTileColumns) {
+      const int64_t tile = (col0 + col) / ops::kTileColumns;
+      t.w = static_cast<const uint8_t*>(j.w) + tile * tile_bytes;
+      t.group = kNibbles ? j.w_group + tile * (layout.inputs / kNibbleGroup * 16) : nullptr;
+      if (unpacks) {
+        unpack_tile(t.w, t.group, layout.inputs, unpacked);
+        t.w = unpacked;
+      }
+      for (int64_t r = r0; r < r1; r += kDotRows) {
+        t.rows = prepared + (r - r0) * layout.words;
+        t.x = words > 0 ? spread + (r - r0) * words : t.rows;
+        t.y = scratch + r * ldc + col;
+        t.prefetch = r == 0 && !unpacks;
+        const int64_t count = smaller(kDotRows, r1 - r);
+        unpacks ? dot_rows<LayerInt8>(count, t, layout) : dot_rows<Layer>(count, t, layout);
+      }
     }
   }
   finish_rows(j, row0, row1, col0, cols, scratch, ldc);
 }
 
-[[maybe_unused]] constexpr DenseKernels kDenseInt8 = {
-    prepared_words_quant, prepare_quant, scratch_floats_quant<LayerInt8>,
-    run_quant<LayerInt8>, nullptr,       32};
-[[maybe_unused]] constexpr DenseKernels kDenseInt4 = {
-    prepared_words_quant, prepare_quant, scratch_floats_quant<LayerInt4>,
-    run_quant<LayerInt4>, nullptr,       32};
+template <class Layer>
+constexpr DenseKernels quant_kernels() {
+  return {prepared_words_quant, prepare_quant, scratch_floats_quant<Layer>,
+          run_quant<Layer>,     nullptr,       32};
+}
+
+[[maybe_unused]] constexpr DenseKernels kDenseInt8 = quant_kernels<LayerInt8>();
+#if !defined(PYENGINE_NIBBLE_PAIRS)  // dense_nibbles.inl has its own
+[[maybe_unused]] constexpr DenseKernels kDenseInt4 = quant_kernels<LayerInt4>();
+#endif
 
 }  // namespace
 }  // namespace pyengine::cpu::PYENGINE_ISA

@@ -164,7 +164,7 @@ template <class Layer>
 static int64_t scratch_floats_amx(int64_t in_features, int64_t rows, int64_t cols) {
   const int64_t padded = (cols + 15) / 16 * 16;
   const int64_t own = kAmxBlockRows * padded + 2 * kSumWords +
-                      (Layer::kWordsPerLine == 2 ? RowLayout(in_features).inputs * padded / 4 : 0);
+                      (Layer::kNibbles ? RowLayout(in_features).inputs * padded / 4 : 0);
   const int64_t few = scratch_floats_quant<Layer>(in_features, rows, cols);
   return rows < kAmxLeastRows ? few : own;
 }
@@ -179,7 +179,7 @@ static void run_amx(const DenseJob& j, int64_t row0, int64_t row1, int64_t col0,
   }
   const RowLayout layout(j.in_features);
   const AmxStrides strides = {layout.inputs, layout.groups, layout.words, ldc};
-  constexpr bool kNibbles = Layer::kWordsPerLine == 2;
+  constexpr bool kNibbles = Layer::kNibbles;
   const int64_t first_tile = col0 / ops::kTileColumns, tile_bytes = layout.inputs * 16;
   AmxBlock b;
   b.sums = reinterpret_cast<int32_t*>(scratch + kAmxBlockRows * ldc);

@@ -1,6 +1,7 @@
 // Every kernel for the instruction set "avx2".
 #define PYENGINE_ISA avx2
 #define PYENGINE_ISA_NAME "avx2"
+#define PYENGINE_NIBBLE_PAIRS
 
 #include "cpu/isa_tables.h"
 #include "cpu/vec_avx2.h"
@@ -13,6 +14,7 @@
 #include "cpu/dense_f32.inl"
 #include "cpu/dense_bf16.inl"
 #include "cpu/dense_quant.inl"
+#include "cpu/dense_nibbles.inl"
 #include "cpu/attention.inl"
 #include "cpu/attention_fma.inl"
 #include "cpu/attention_i8.inl"

@@ -7,6 +7,8 @@
 //   sum_of            over lanes, wrapping
 //   Inputs, Bytes     four signed inputs for every lane, and four unsigned weights in each lane, in the
 //                     form that `dot` wants them
+//   kSpreadsInputs    whether `inputs` reads words that spread_inputs has made of a row: two 16-bit inputs
+//                     each, `half` words apart; else it reads four bytes as they lie
 //   dot(acc, w, x)    acc += w[0] x[0] + … + w[3] x[3] in each lane, exact on every instruction set:
 //                     vpdpbusd where there is one, else 16-bit products of the even and odd bytes
 //                     (vpmaddubsw would saturate)
@@ -16,6 +18,8 @@
 //                     as `dot`, of 16-bit inputs: exact, modulo 2^32
 //   Group             the (multiplier, zero point) of a group of int4 weights, for each lane
 //   unpack            8 nibbles of each lane -> two words of 4 unsigned bytes, 128 + m (nibble - z)
+//   AVX2 only: multiply_pairs, bytes a (unsigned) and b to 16 bits, a[0] b[0] + a[1] b[1] and so on, if
+//   they fit; add_pairs, acc += these; sum_of_halves, over lanes, of the low and of the high halves
 // clang-format on
 #pragma once
 
@@ -84,6 +88,18 @@ PYENGINE_INLINE Vi multiply_halves(Vi a, Vi b) { return _mm256_mullo_epi16(a, b)
 PYENGINE_INLINE Vi add_bytes(Vi a, Vi b) { return _mm256_add_epi8(a, b); }
 PYENGINE_INLINE Vi sub_words(Vi a, Vi b) { return _mm256_sub_epi32(a, b); }
 PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) { return _mm256_madd_epi16(a, b); }
+PYENGINE_INLINE Vi multiply_pairs(Vi a, Vi b) { return _mm256_maddubs_epi16(a, b); }
+// gcc 12 adds the products of several steps before it adds them to the sum, and runs out of
+// registers.
+PYENGINE_INLINE void add_pairs(Vi& acc, Vi a, Vi b) {
+  Vi pairs;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(acc), "=&x"(pairs) : "x"(a), "x"(b));
+}
+PYENGINE_INLINE int32_t sum_of_halves(Vi a) {
+  __m128i b = _mm_add_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  b = _mm_add_epi16(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi16(b, _mm_shuffle_epi32(b, 0xb1)));
+}
 
 #else
 
@@ -151,9 +167,11 @@ PYENGINE_INLINE Vi dot_halves(Vi a, Vi b) {
 
 using Bytes = Vi;
 PYENGINE_INLINE Bytes bytes(Vi words) { return words; }
+constexpr bool kSpreadsInputs = false;
+PYENGINE_INLINE void spread_inputs(const int32_t*, int64_t, int32_t*) {}
 #if defined(__AVX512VNNI__)
 using Inputs = const int32_t*;
-PYENGINE_INLINE Inputs inputs(const int32_t* word) { return word; }
+PYENGINE_INLINE Inputs inputs(const int32_t* word, int64_t) { return word; }
 // gcc 12 moves sums that are written as intrinsics from register to register between the steps of a
 // loop, which halves its speed.
 PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
@@ -161,7 +179,7 @@ PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
 }
 #else
 using Inputs = Vi;
-PYENGINE_INLINE Inputs inputs(const int32_t* word) { return set1(*word); }
+PYENGINE_INLINE Inputs inputs(const int32_t* word, int64_t) { return set1(*word); }
 PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
 }
@@ -202,28 +220,40 @@ struct Inputs {
 struct Bytes {
   Vi even, odd;
 };
-PYENGINE_INLINE Inputs inputs(const int32_t* word) {
-  const Vi x = set1(*word);
-  return {even_signed(x), odd_signed(x)};
+constexpr bool kSpreadsInputs = true;
+PYENGINE_INLINE void spread_inputs(const int32_t* row, int64_t half, int32_t* out) {
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const Vi x = load_words(row + i);
+    store_words(out + i, even_signed(x));
+    store_words(out + half + i, odd_signed(x));
+  }
+}
+PYENGINE_INLINE Inputs inputs(const int32_t* word, int64_t half) {
+  return {set1(word[0]), set1(word[half])};
 }
 PYENGINE_INLINE Bytes bytes(Vi words) {
   return {bit_and(words, set1(0x00ff00ff)), odd_unsigned(words)};
 }
 PYENGINE_INLINE void dot(Vi& acc, Bytes w, Inputs x) {
+#if defined(__AVX2__) && !defined(__AVX512BW__)  // as add_pairs
+  Vi product;
+  asm("vpmaddwd %4, %2, %1\n\tvpaddd %1, %0, %0\n\tvpmaddwd %5, %3, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(acc), "=&x"(product)
+      : "x"(w.even), "x"(w.odd), "x"(x.even), "x"(x.odd));
+#else
   acc = add(acc, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+#endif
 }
 
-struct WideInputs {
-  Vi even, odd;
-};
+using WideInputs = Inputs;
 struct WideSum {
   Vi sum = set1(0);
 };
 PYENGINE_INLINE WideInputs wide_inputs(const int32_t* words, int64_t half) {
-  return {set1(words[0]), set1(words[half])};
+  return inputs(words, half);
 }
 PYENGINE_INLINE void wide_dot(WideSum& acc, const Bytes& w, const WideInputs& x) {
-  acc.sum = add(acc.sum, add(dot_halves(w.even, x.even), dot_halves(w.odd, x.odd)));
+  dot(acc.sum, w, x);
 }
 PYENGINE_INLINE Vi wide_total(const WideSum& a) { return a.sum; }
 PYENGINE_INLINE void store_wide(int32_t* words, int64_t half, int64_t i, Vi inputs) {
