@@ -67,27 +67,31 @@ struct ReadBf16 {
   }
 };
 
+// Vectors of one row in work at once: with as many sums as several rows have, no step waits for the
+// one before.
+template <int kRows, int kVectors>
+constexpr int vectors_of = kRows == 1 ? kSingleVectors : kVectors;
+
 // acc[r][v] += x[r][0..kPerStep) times the parts of the words at p[v] + offset.
 template <class Read, bool kAhead, int kRows, int kVectors>
 PYENGINE_INLINE void multiply_step(Vf (&acc)[kRows][kVectors], const float* x, int64_t ldx,
                                    const char* const* p, const char* const* ahead, int64_t offset) {
   typename Read::Word word[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     word[v] = Read::read(p[v] + offset);
-    // One line holds 16 / kLanes vectors.
-    if (kAhead) __builtin_prefetch(ahead[v] + offset, 0, 2);
+    if (kAhead && v * kLanes % 16 == 0) __builtin_prefetch(ahead[v] + offset, 0, 2);  // a line
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const Vf first = set1(x[r * ldx]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       acc[r][v] = fma(first, Read::template part<0>(word[v]), acc[r][v]);
     }
     if constexpr (Read::kPerStep == 2) {
       const Vf second = set1(x[r * ldx + 1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         acc[r][v] = fma(second, Read::template part<1>(word[v]), acc[r][v]);
       }
@@ -103,7 +107,7 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
   Vf acc[kRows][kVectors];
   const char* p[kVectors];
   const char* next[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     const int at = key + v * kLanes;
     p[v] = piece.block[at / 16] + at % 16 * Read::kBytes;
@@ -111,7 +115,7 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[r][v] = zero();
   }
   const int64_t steps = (s.job.kv.head_dim + Read::kPerStep - 1) / Read::kPerStep;
@@ -122,7 +126,7 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
   const Vf minus_infinity = set1(-__builtin_inff());
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int at = key + v * kLanes;
       store(scores + r * ops::kKeySegment + at,
@@ -131,27 +135,38 @@ static void score_vectors(const AttentionState& s, const FmaPiece& piece, const 
   }
 }
 
-// Channels [d, d + kVectors kLanes) of the values. p[r][i] weighs token i of the piece; the first
-// `common` tokens are seen by all rows, row r sees keys[r].
+// What a group of rows adds of a piece of values: p[r][i] weighs token i; the first `common` tokens
+// are seen by all rows, row r sees keys[r].
+struct ValueGroup {
+  const float* p;
+  const int* keys;
+  int common;
+  bool first;  // piece of the segment
+  float* out;
+};
+
+// Channels [d, d + kVectors kLanes) of the values.
 template <class Read, int kRows, int kVectors, bool kAhead>
 static void add_vectors(const AttentionState& s, const FmaPiece& piece, const FmaPiece& ahead,
-                        int64_t d, const float* p, const int* keys, int common, bool first,
-                        float* out) {
+                        int64_t d, const ValueGroup& group) {
+  const float* p = group.p;
+  const int* keys = group.keys;
+  float* out = group.out;
   const int64_t ldo = s.job.kv.head_dim_v, step_bytes = ldo * Read::kBytes;
   Vf acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = first ? zero() : load(out + r * ldo + d + v * kLanes);
+      acc[r][v] = group.first ? zero() : load(out + r * ldo + d + v * kLanes);
     }
   }
   constexpr int kSteps = 16 / Read::kPerStep;  // of a block
-  const int whole = common / Read::kPerStep;
+  const int whole = group.common / Read::kPerStep;
   for (int step0 = 0; step0 < whole; step0 += kSteps) {
     const char* at[kVectors];
     const char* next[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int64_t offset = (d + v * kLanes) * Read::kBytes;
       at[v] = piece.block[step0 / kSteps] + offset;
@@ -168,7 +183,7 @@ static void add_vectors(const AttentionState& s, const FmaPiece& piece, const Fm
   for (int r = 0; r < kRows; ++r) most = keys[r] > most ? keys[r] : most;
   for (int key = whole * Read::kPerStep; key < most; ++key) {
     const char* at = piece.block[key / 16] + key % 16 / Read::kPerStep * step_bytes;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const auto word = Read::read(at + (d + v * kLanes) * Read::kBytes);
       const Vf value =
@@ -181,7 +196,7 @@ static void add_vectors(const AttentionState& s, const FmaPiece& piece, const Fm
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(out + r * ldo + d + v * kLanes, acc[r][v]);
   }
 }
@@ -228,19 +243,8 @@ class FmaAttention {
       const int64_t unit = head * s_.rows + row0;
       const float* query = s_.query + unit * s_.query_stride;
       float* scores = s_.scores + unit * ops::kKeySegment + first;
-      int key = 0;
-      for (; most - key > (kScoreVectors - 1) * kLanes; key += kScoreVectors * kLanes) {
-        if (fetch) {
-          score_vectors<Read, kRows, kScoreVectors, true>(s_, piece, ahead, key, query, keys,
-                                                          scores);
-        } else {
-          score_vectors<Read, kRows, kScoreVectors, false>(s_, piece, ahead, key, query, keys,
-                                                           scores);
-        }
-      }
-      for (; key < most; key += kLanes) {
-        score_vectors<Read, kRows, 1, false>(s_, piece, ahead, key, query, keys, scores);
-      }
+      score_keys<vectors_of<kRows, kScoreVectors>>(0, most, fetch, piece, ahead, query, keys,
+                                                   scores);
       fetch = false;
     }
   }
@@ -256,20 +260,41 @@ class FmaAttention {
       const int64_t unit = head * s_.rows + row0, padded = s_.job.kv.head_dim_v;
       const float* p = s_.scores + unit * ops::kKeySegment + first;
       float* out = s_.part_out + unit * padded;
-      int64_t d = 0;
-      for (; padded - d >= kValueVectors * kLanes; d += kValueVectors * kLanes) {
-        if (fetch) {
-          add_vectors<Read, kRows, kValueVectors, true>(s_, piece, ahead, d, p, keys, common,
-                                                        first == 0, out);
-        } else {
-          add_vectors<Read, kRows, kValueVectors, false>(s_, piece, ahead, d, p, keys, common,
-                                                         first == 0, out);
-        }
-      }
-      for (; d < padded; d += kLanes) {
-        add_vectors<Read, kRows, 1, false>(s_, piece, ahead, d, p, keys, common, first == 0, out);
-      }
+      const ValueGroup group = {p, keys, common, first == 0, out};
+      add_channels<vectors_of<kRows, kValueVectors>>(0, padded, fetch, piece, ahead, group);
       fetch = false;
+    }
+  }
+
+  // Keys [key, most) of the piece, kVectors vectors at a time, and what is left in halves of them.
+  template <int kVectors>
+  void score_keys(int key, int most, bool fetch, const FmaPiece& piece, const FmaPiece& ahead,
+                  const float* query, const int* keys, float* scores) {
+    for (; most - key > (kVectors - 1) * kLanes; key += kVectors * kLanes) {
+      if (fetch) {
+        score_vectors<Read, kRows, kVectors, true>(s_, piece, ahead, key, query, keys, scores);
+      } else {
+        score_vectors<Read, kRows, kVectors, false>(s_, piece, ahead, key, query, keys, scores);
+      }
+    }
+    if constexpr (kVectors > 1) {
+      score_keys<kVectors / 2>(key, most, fetch, piece, ahead, query, keys, scores);
+    }
+  }
+
+  // The same for channels [d, padded) of the values.
+  template <int kVectors>
+  void add_channels(int64_t d, int64_t padded, bool fetch, const FmaPiece& piece,
+                    const FmaPiece& ahead, const ValueGroup& group) {
+    for (; padded - d >= kVectors * kLanes; d += kVectors * kLanes) {
+      if (fetch) {
+        add_vectors<Read, kRows, kVectors, true>(s_, piece, ahead, d, group);
+      } else {
+        add_vectors<Read, kRows, kVectors, false>(s_, piece, ahead, d, group);
+      }
+    }
+    if constexpr (kVectors > 1) {
+      add_channels<kVectors / 2>(d, padded, fetch, piece, ahead, group);
     }
   }
 

@@ -19,6 +19,7 @@ constexpr int kTileVectors = 2;
 constexpr int kAttentionRows = 6;
 constexpr int kScoreVectors = 2;
 constexpr int kValueVectors = 2;
+constexpr int kSingleVectors = 8;  // of one row
 
 PYENGINE_INLINE Vi as_int(Vf a) { return _mm256_castps_si256(a); }
 PYENGINE_INLINE Vf as_float(Vi a) { return _mm256_castsi256_ps(a); }

@@ -19,6 +19,7 @@ constexpr int kTileVectors = 3;
 constexpr int kAttentionRows = 6;
 constexpr int kScoreVectors = 4;  // 6 x 4 accumulators
 constexpr int kValueVectors = 4;
+constexpr int kSingleVectors = 4;  // of one row
 
 PYENGINE_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 PYENGINE_INLINE Vi as_int(Vf a) { return _mm512_castps_si512(a); }

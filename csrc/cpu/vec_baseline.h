@@ -47,6 +47,7 @@ constexpr int kAttentionRows = 3;
 constexpr int kTileVectors = 2;
 constexpr int kScoreVectors = 4;
 constexpr int kValueVectors = 4;
+constexpr int kSingleVectors = 4;  // of one row
 
 PYENGINE_INLINE Vi as_int(Vf a) { return reinterpret_cast<Vi>(a); }
 PYENGINE_INLINE Vf as_float(Vi a) { return reinterpret_cast<Vf>(a); }
