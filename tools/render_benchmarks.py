@@ -4,6 +4,7 @@
 Reads lines of ``pyengine-cli bench --json [--profile]`` and of ``tools/compare_peers.py --json``. Tables
 replace what stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` in pages; plots are SVG files.
 Pairs of the same comparison are pooled; of bench lines of the same workload and type the last one counts.
+The table ``peers`` has all comparisons, ``peers_avx2`` those with that instruction set, and so on.
 
     tools/render_benchmarks.py docs/figures/*.jsonl --pages docs/*.md --plots docs/figures
 """
@@ -40,9 +41,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Row], list[Row]]:
             except ValueError as error:
                 sys.exit(f"render_benchmarks: {path}, line {number}: not JSON: {error}")
             if "pairs" in row:
-                key = tuple(
-                    row[name] for name in ("workload", "dtype", "kv_dtype", "peer_engine", "peer_dtype")
-                )
+                names = ("isa", "workload", "dtype", "kv_dtype", "peer_engine", "peer_dtype")
+                key = tuple(row[name] for name in names)
                 compared.setdefault(key, {**row, "pairs": []})["pairs"] += row["pairs"]
             elif row.get("engine") == "pyengine":
                 bench[row["workload"], row["dtype"], row["kv_dtype"], str(row["threads"])] = row
@@ -221,6 +221,10 @@ def main() -> None:
     bench, compared = read(args.results)
     tables = {
         "peers": table_of_peers(compared),
+        **{
+            f"peers_{isa}": table_of_peers([row for row in compared if row["isa"] == isa])
+            for isa in sorted({row["isa"] for row in compared})
+        },
         "speeds": table_of_speeds(bench),
         "parts": tables_of_parts(bench),
     }

@@ -17,9 +17,9 @@ __all__ = ["run"]
 TOOL = Path(__file__).resolve().parents[2] / "tools/render_benchmarks.py"
 
 
-def compared(*pairs: list[float]) -> dict[str, Any]:
-    about = {"dtype": "f32", "kv_dtype": "f32", "peer_engine": "ov", "peer_dtype": "f32", "threads": 2}
-    return {**about, "workload": "decode", "pairs": list(pairs)}
+def compared(*pairs: list[float], isa: str = "avx2") -> dict[str, Any]:
+    about = {"isa": isa, "dtype": "f32", "kv_dtype": "f32", "peer_engine": "ov", "peer_dtype": "f32"}
+    return {**about, "threads": 2, "workload": "decode", "pairs": list(pairs)}
 
 
 def render(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -66,6 +66,16 @@ def test_tables(results: Path, tmp_path: Path) -> None:
     assert page.read_text() == text
 
 
+def test_tables_of_each_instruction_set(tmp_path: Path) -> None:
+    results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    rows = [compared([10.0, 5.0]), compared([30.0, 10.0], isa="amx")]
+    results.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    page.write_text("<!-- begin peers_amx -->\n<!-- end peers_amx -->\n")
+    done = render(results, "--pages", page)
+    assert done.returncode == 0, done.stderr
+    assert "| 3.00 (3.00–3.00) | 1 |" in page.read_text() and "2.00" not in page.read_text()
+
+
 def test_plots(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is in the extra `bench`")
     done = render(results, "--plots", tmp_path)
@@ -77,7 +87,8 @@ def test_plots(results: Path, tmp_path: Path) -> None:
 def test_what_it_cannot_read(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- begin speed -->\n<!-- end speed -->\n")
-    assert "there is no table 'speed', only peers, speeds, parts" in render(results, "--pages", page).stderr
+    error = render(results, "--pages", page).stderr
+    assert "there is no table 'speed', only peers, peers_avx2, speeds, parts" in error
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"engine": \n')
     assert "broken.jsonl, line 1: not JSON" in render(broken).stderr
