@@ -211,10 +211,11 @@ class Cuda:
         config, size = checkpoint.config, DTYPE_BYTES[dtype]
         weights = config.weight_bytes(quantization or dtype)
         # Buffers of csrc/cuda/model.cu: the residual, what layers read, queries with keys and values, what
-        # attention gives, the inner layer; logits of the sampled rows, or a tensor on its way while loading.
+        # attention gives, the inner layer; logits of 64 rows and drafts, before and after their edits, or a
+        # tensor on its way while loading.
         step = max_tokens * ((4 + 5 * size) * config.n_embd + size * config.n_inner)
         loading = config.n_embd * (4 if quantization is None else 1)
-        logits = config.vocab_size * max(4 * max_seqs, 4 * 64, loading)
+        logits = config.vocab_size * max(4 * 2 * 80, loading)
         left = self._gpu.free_memory - weights - step - logits
         return max(0, left) // 10 * 9
 

@@ -4,7 +4,7 @@
     python tools/cuda_mutants.py barrier wait     those whose names hold one of these words
     python tools/cuda_mutants.py --list
 
-A fault is killed if test_cuda_sim, test_cuda_ops, test_cuda_quantized or test_cuda_model fails, crashes or
+A fault is killed if one of the tests test_cuda_sim, _ops, _quantized, _sampling and _model fails, crashes or
 does not end. Exit status 1 if one survives. Needs CMake, Ninja and a C++ compiler; no CUDA.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_cuda_sim", "test_cuda_ops", "test_cuda_quantized", "test_cuda_model")
+TESTS = ("test_cuda_sim", "test_cuda_ops", "test_cuda_quantized", "test_cuda_sampling", "test_cuda_model")
 _TIMEOUT = 600  # seconds of one test program
 
 
@@ -37,6 +37,7 @@ class Mutant:
 _DENSE, _ATTENTION, _ROWS = "cuda/dense.cu", "cuda/attention.cu", "cuda/elementwise.cu"
 _DENSE_ROWS = "cuda/dense_rows.cu"
 _QUANTIZED, _READING = "cuda/dense_quantized.cu", "cuda/quantized.cuh"
+_SCAN, _CHOOSE = "cuda/sampling.cu", "cuda/choose.cu"
 MUTANTS = (
     Mutant("gemm: no wait for asynchronous copies", _DENSE, "    copy_async_wait<kStages - 2>();\n", ""),
     Mutant(
@@ -377,6 +378,56 @@ MUTANTS = (
         _ROWS,
         "blocks + block_words * pairs[2 * blockIdx.x];\n  uint4* to",
         "blocks + block_words * pairs[2 * blockIdx.x + 1];\n  uint4* to",
+    ),
+    Mutant(
+        "scan: no barrier between biases and penalties",
+        _SCAN,
+        "    tile[at] = x;\n  }\n  __syncthreads();\n",
+        "    tile[at] = x;\n  }\n",
+    ),
+    Mutant("scan: the second bias of a token begins anew", _SCAN, "row_biases[e - 1].id == id)", "false)"),
+    Mutant("scan: the mask of the next token", _SCAN, "[id / 32] >> id % 32", "[id / 32] >> (id + 1) % 32"),
+    Mutant(
+        "scan: the last logits of the row before",
+        _SCAN,
+        "return first + at >= 0 && first + at < vocab_size;",
+        "return first + at < vocab_size;",
+    ),
+    Mutant(
+        "sampling: outcomes are read before they are there",
+        _SCAN,
+        "  stream.wait();\n  std::memcpy(plan.outcomes",
+        "  std::memcpy(plan.outcomes",
+    ),
+    Mutant("choose: carries are lost", _CHOOSE, "(measure >> 32) + carry;", "(measure >> 32);"),
+    Mutant(
+        "choose: no barrier before the histogram is read",
+        _CHOOSE,
+        "    __syncthreads();\n    auto measure_of",
+        "    auto measure_of",
+    ),
+    Mutant("choose: equals of a nucleus are all kept", _CHOOSE, " || (x == tie && id > tie_id)", ""),
+    Mutant(
+        "choose: the farthest are typical", _CHOOSE, "key = -kept.distance(x);", "key = kept.distance(x);"
+    ),
+    Mutant(
+        "choose: the last one is not listed", _CHOOSE, "(x == key && id > last)", "(x == key && id >= last)"
+    ),
+    Mutant(
+        "choose: rows of Mirostat are drawn twice",
+        _CHOOSE,
+        "  if (uses_mirostat && plans[r].draft >= 0) return;\n",
+        "",
+    ),
+    Mutant(
+        "draw: a lane's own weights count as before it", _CHOOSE, "before + until - own;", "before + until;"
+    ),
+    Mutant("draw: the random number of the next position", _CHOOSE, "plan.position,", "plan.position + 1,"),
+    Mutant(
+        "choose: never waits for the kernel before",
+        _CHOOSE,
+        "  start_after_previous();\n",
+        "",
     ),
     Mutant(
         "mma: wrong lane",

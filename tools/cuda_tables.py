@@ -95,6 +95,7 @@ _AXES: dict[str, tuple[Callable[[Row], str], Callable[[Row], str]]] = {
     "layer_norm": (lambda r: "", lambda r: f"{r['rows']} rows"),
     "embed": (lambda r: r["weights"], lambda r: f"{r['rows']} rows"),
     "copy_blocks": (lambda r: "", lambda r: f"{r['blocks']} blocks"),
+    "sampling": (lambda r: r["controls"], lambda r: f"{r['rows']} rows"),
     "convert_weight": (lambda r: "", lambda r: f"from {r['from']}"),
     "arrange_integers": (lambda r: "", lambda r: r["weights"]),
 }

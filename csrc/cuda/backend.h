@@ -10,6 +10,7 @@
 
 #include "model/gpt2.h"
 #include "ops/ops.h"
+#include "sampling/plan.h"
 
 namespace pyengine::cuda {
 
@@ -32,6 +33,9 @@ class Backend {
   virtual void run(const ops::RaggedBatch& batch, const int32_t* block_copies, int32_t num_copies,
                    const int32_t* rows, int32_t num_rows) = 0;
 
+  // Tokens of the last run's first rows, as many as the plan has.
+  virtual void sample(sampling::SamplingPlan& plan) = 0;
+
   // Logits (n, V) of rows [first, first + n) of the last run; on the host, the caller's to write to
   // until the next call.
   virtual float* logits(int32_t first, int32_t n) = 0;
@@ -53,7 +57,8 @@ size_t block_bytes(const GPT2Config& config, DType kv);
 // What the library exports as `pyengine_cuda_library`. The sizes tell a library of another build.
 struct Library {
   uint32_t bytes = sizeof(Library), config_bytes = sizeof(GPT2Config),
-           batch_bytes = sizeof(ops::RaggedBatch), tensor_bytes = sizeof(TensorView);
+           batch_bytes = sizeof(ops::RaggedBatch), tensor_bytes = sizeof(TensorView),
+           plan_bytes = sizeof(sampling::RowPlan);
   decltype(&make_backend) make = nullptr;
   decltype(&find_device) find = nullptr;
   const char* architectures = "";  // compute capabilities that it has code for, as 75;80

@@ -9,6 +9,7 @@
 #include "cuda/backend.h"
 #include "cuda/blas.h"
 #include "cuda/kernels.h"
+#include "cuda/sampling.h"
 #include "cuda/weights.h"
 
 namespace pyengine::cuda {
@@ -16,6 +17,9 @@ namespace pyengine::cuda {
 namespace {
 
 std::string number(int64_t n) { return std::to_string(n); }
+
+// Rows whose logits are on the device at once, or a few more: 64 of GPT-2's are 13 MB.
+constexpr int32_t kSampledRows = 64;
 
 size_t scale_bytes(const GPT2Config& config, DType kv) {  // of the keys of one block
   return kv == DType::i8 ? size_t{kBlockTokens} * config.n_head * sizeof(float) : 0;
@@ -81,6 +85,7 @@ class Model final : public Backend {
   const BackendDevice& device() const override { return device_; }
   void run(const ops::RaggedBatch& batch, const int32_t* block_copies, int32_t num_copies,
            const int32_t* rows, int32_t num_rows) override;
+  void sample(sampling::SamplingPlan& plan) override;
   float* logits(int32_t first, int32_t n) override;
 
  private:
@@ -106,6 +111,9 @@ class Model final : public Backend {
   Step prepare(const ops::RaggedBatch& batch, const int32_t* rows, int32_t num_rows);
   void reserve(const Step& step);
   void forward(const Step& step);
+  float* reserve_logits(int32_t n);
+  float* compute_logits(int32_t first, int32_t n);  // (n, V) of the last run's rows
+
   BackendDevice device_;
   GPT2Config config_;
   DType act_, kv_;
@@ -131,6 +139,7 @@ class Model final : public Backend {
   int captured_generation_ = 0;
   std::vector<CapturedStep> captured_;
   PinnedBuffer host_logits_;
+  RowSampler sampler_;
 };
 
 void Model::require_fits() const {
@@ -333,15 +342,45 @@ void Model::run(const ops::RaggedBatch& batch, const int32_t* block_copies, int3
   found->graph->run(stream_);
 }
 
-float* Model::logits(int32_t first, int32_t n) {
-  const int64_t vocab = config_.vocab_size;
-  const size_t bytes = static_cast<size_t>(n) * vocab * sizeof(float);
+float* Model::reserve_logits(int32_t n) {
+  const size_t values = static_cast<size_t>(n) * config_.vocab_size + kLogitPadding;
   int moved = 0;  // no graph knows these
-  auto* out = static_cast<float*>(logits_buffer_.reserve(bytes, moved));
-  if (host_logits_.size() < bytes) host_logits_ = PinnedBuffer(bytes);
+  return static_cast<float*>(logits_buffer_.reserve(values * sizeof(float), moved));
+}
+
+float* Model::compute_logits(int32_t first, int32_t n) {
+  float* out = reserve_logits(n);
   const auto* h = static_cast<const std::byte*>(h_) +
                   static_cast<int64_t>(first) * config_.n_embd * size_of(act_);
   dense(stream_, blas_.get(), h, act_, n, head_, {Output::f32, out});
+  return out;
+}
+
+void Model::sample(sampling::SamplingPlan& plan) {
+  const auto count = static_cast<int32_t>(plan.rows.size());
+  std::vector<int32_t> ends;  // of pieces
+  int32_t most = 0;
+  for (int32_t first = 0; first < count; first = ends.back()) {
+    int32_t end = std::min(first + kSampledRows, count);
+    while (end < count && plan.rows[end].draft >= 0) ++end;  // follows the row before
+    most = std::max(most, end - first);
+    ends.push_back(end);
+  }
+  // Memory is not to move while the work on a piece is queued.
+  reserve_logits(most);
+  sampler_.start(stream_, plan, most, config_.vocab_size);
+  int32_t first = 0;
+  for (int32_t end : ends) {
+    sampler_.run(stream_, compute_logits(first, end - first), first, end - first);
+    first = end;
+  }
+  sampler_.finish(stream_, plan);
+}
+
+float* Model::logits(int32_t first, int32_t n) {
+  const float* out = compute_logits(first, n);
+  const size_t bytes = static_cast<size_t>(n) * config_.vocab_size * sizeof(float);
+  if (host_logits_.size() < bytes) host_logits_ = PinnedBuffer(bytes);
   stream_.download(host_logits_.data(), out, bytes);
   stream_.wait();
   return static_cast<float*>(host_logits_.data());

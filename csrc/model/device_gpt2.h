@@ -1,5 +1,5 @@
-// GPT-2 on a device of its own: the same step as GPT2's, with the forward pass of a back end.
-// Logits come to the host, where the sampler works on them.
+// GPT-2 on a device of its own: the same step as GPT2's, with the forward pass and the sampler of a
+// back end. Logits come to the host where a caller's processor wants them, and to be scored.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,8 @@ class DeviceGPT2 {
   std::unique_ptr<cuda::Backend> backend_;
   int32_t num_blocks_;
   SampledRows sampled_;
+  std::vector<int32_t> order_;  // (R,) which sampled row comes when: on the host the last ones
+  sampling::SamplingPlan plan_;
   std::vector<int32_t> rows_, piece_rows_;
   std::vector<double> log_totals_;
   std::vector<uint8_t> block_marks_;

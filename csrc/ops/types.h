@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/both.h"
 #include "core/dtype.h"
 
 namespace pyengine::ops {
@@ -76,7 +77,7 @@ constexpr int64_t packed_words(DType dtype, int64_t in_features, int64_t out_fea
 constexpr int kSumThresholds = 4;  // of sums_above
 
 // The order in which tokens are preferred: higher logit, then lower id.
-constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
+PYENGINE_BOTH constexpr bool better(float logit_a, int32_t id_a, float logit_b, int32_t id_b) {
   return logit_a > logit_b || (logit_a == logit_b && id_a < id_b);
 }
 

@@ -1,7 +1,6 @@
 #include "sampling/choice.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "sampling/cutoffs.h"
 
@@ -10,7 +9,7 @@ namespace pyengine::sampling {
 namespace {
 
 void set_weights(const Row& row, float scale, std::vector<Candidate>& candidates) {
-  for (Candidate& c : candidates) c.weight = exp_nonpositive((c.logit - row.max()) * scale);
+  for (Candidate& c : candidates) c.weight = weight_of(c.logit, row.max(), scale);
 }
 
 int32_t draw(const std::vector<Candidate>& candidates, double u) {
@@ -33,9 +32,8 @@ Kept cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t voc
   const float temperature = params.temperature;
   const float scale = inverse_temperature(temperature);
   if (params.mirostat_tau > 0) {
-    // Tokens whose surprise -log2 p exceeds mu are cut off (Basu et al. 2021, as in llama.cpp).
     const double of_all = row.weights_at_least(0.0, temperature);
-    total = row.keep_at_least(std::min(std::exp2(-mirostat_mu) * of_all, 1.0));
+    total = row.keep_at_least(least_by_mirostat(mirostat_mu, of_all));
     return Kept::weighted;
   }
   const bool cut_k = params.top_k > 0 && params.top_k < vocab_size;
@@ -54,7 +52,7 @@ Kept cut_off(Row& row, const SlotParams& params, double mirostat_mu, int32_t voc
     }
     if (!cut_typical && params.eta_cutoff == 0) {
       const bool cut_epsilon = params.epsilon_cutoff > 0;
-      if (cut_epsilon) total = row.keep_at_least(std::min(params.epsilon_cutoff * total, 1.0));
+      if (cut_epsilon) total = row.keep_at_least(least_by_epsilon(params.epsilon_cutoff, total, 1));
       return cut_p || params.min_p > 0 || cut_epsilon ? Kept::weighted : Kept::all;
     }
     row.select_weighted(candidates);
@@ -74,8 +72,8 @@ int32_t choose(Row& row, const SlotParams& params, int32_t vocab_size, double u,
   const int32_t chosen =
       kept == Kept::candidates ? draw(candidates, u) : row.draw_from_all(u * total);
   if (params.mirostat_tau > 0) {
-    const double surprise = std::log2(total / row.weight(chosen));
-    mirostat_mu -= params.mirostat_eta * (surprise - params.mirostat_tau);
+    mirostat_mu = next_mirostat_mu(mirostat_mu, params.mirostat_tau, params.mirostat_eta, total,
+                                   row.weight(chosen));
   }
   return chosen;
 }

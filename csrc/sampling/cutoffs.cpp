@@ -13,7 +13,7 @@ void drop(std::vector<Candidate>& candidates, Dropped dropped) {
   candidates.erase(std::remove_if(candidates.begin(), candidates.end(), dropped), candidates.end());
 }
 
-// Log-probabilities of candidates among themselves: log p = (logit - max) * scale - log_total.
+// Log-probabilities of candidates among themselves: log p = log_weight - log_total.
 struct LogProbabilities {
   LogProbabilities(float max, float scale, const std::vector<Candidate>& candidates)
       : max(max), scale(scale), total(total_weight(candidates)), log_total(std::log(total)) {
@@ -21,7 +21,7 @@ struct LogProbabilities {
       if (c.weight > 0) entropy -= c.weight / total * of(c);
     }
   }
-  double of(const Candidate& c) const { return (c.logit - max) * scale - log_total; }
+  double of(const Candidate& c) const { return log_weight(c.logit, max, scale) - log_total; }
 
   float max, scale;
   double total, log_total;
@@ -99,7 +99,9 @@ void keep_min_p(double min_p, std::vector<Candidate>& candidates) {
 
 void keep_typical(double mass, float max, float scale, std::vector<Candidate>& candidates) {
   const LogProbabilities log_p(max, scale, candidates);
-  auto distance = [&](const Candidate& c) { return std::abs(-log_p.of(c) - log_p.entropy); };
+  auto distance = [&](const Candidate& c) {
+    return typical_distance(log_weight(c.logit, max, scale), log_p.log_total, log_p.entropy);
+  };
   std::vector<Keyed> items;
   items.reserve(candidates.size());
   for (const Candidate& c : candidates) items.push_back({distance(c), c.weight});
@@ -108,15 +110,15 @@ void keep_typical(double mass, float max, float scale, std::vector<Candidate>& c
 }
 
 void keep_epsilon(double epsilon, std::vector<Candidate>& candidates) {
-  float best = 0;  // below 1 where typical sampling has cut off the best token
+  float best = 0;
   for (const Candidate& c : candidates) best = std::max(best, c.weight);
-  const double least = std::min(epsilon * total_weight(candidates), double{best});
+  const double least = least_by_epsilon(epsilon, total_weight(candidates), best);
   drop(candidates, [&](const Candidate& c) { return c.weight < least; });
 }
 
 void keep_eta(double epsilon, float max, float scale, std::vector<Candidate>& candidates) {
   const LogProbabilities log_p(max, scale, candidates);
-  keep_epsilon(std::min(epsilon, std::sqrt(epsilon) * std::exp(-log_p.entropy)), candidates);
+  keep_epsilon(epsilon_of_eta(epsilon, log_p.entropy), candidates);
 }
 
 }  // namespace pyengine::sampling

@@ -1,13 +1,12 @@
 #include "sampling/edits.h"
 
 #include <algorithm>
-#include <limits>
+
+#include "sampling/definitions.h"
 
 namespace pyengine::sampling {
 
 namespace {
-
-constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 
 bool any_longer_than_one(const SlotParams& params) {
   return std::any_of(params.logit_bias.begin(), params.logit_bias.end(),
@@ -16,12 +15,12 @@ bool any_longer_than_one(const SlotParams& params) {
                      [](const std::vector<int32_t>& ids) { return ids.size() > 1; });
 }
 
+}  // namespace
+
 bool has_penalties(const SlotParams& params) {
   return params.repetition_penalty != 1.0f || params.presence_penalty != 0.0f ||
          params.frequency_penalty != 0.0f;
 }
-
-}  // namespace
 
 TokenMask mask_of(const std::vector<int32_t>& ids) {
   TokenMask mask;
@@ -53,47 +52,46 @@ bool needs_history(const SlotParams& params) {
          any_longer_than_one(params);
 }
 
-void EditedRow::apply(const SlotParams& params, const TokenMask& allowed,
-                      const TokenHistory& history, int64_t num_new) {
+void list_biases(const SlotParams& params, const TokenHistory& history, int64_t num_new,
+                 int32_t vocab_size, std::vector<TokenBias>& out) {
   // Ids outside the vocabulary are refused before a slot is set; a tokenizer may know more than the
   // model, and what the model cannot say needs no ban.
-  auto completes = [&](const std::vector<int32_t>& ids) {
-    return ids.back() < vocab_size_ &&
-           history.ends_in(ids.data(), static_cast<int64_t>(ids.size()) - 1);
+  auto add_completion = [&](const std::vector<int32_t>& ids, float bias) {
+    if (ids.back() < vocab_size &&
+        history.ends_in(ids.data(), static_cast<int64_t>(ids.size()) - 1)) {
+      out.push_back({ids.back(), bias});
+    }
   };
-  for (const BiasedSequence& entry : params.logit_bias) {
-    const int32_t id = entry.ids.back();
-    if (completes(entry.ids)) set(id, logits_[id] + entry.bias);
-  }
-  if (!allowed.empty()) apply_mask(allowed, logits_, vocab_size_);
-  if (has_penalties(params)) penalize(params, history);
+  for (const BiasedSequence& entry : params.logit_bias) add_completion(entry.ids, entry.bias);
   if (params.no_repeat_ngram_size > 0) {
-    banned_.clear();
-    history.completions(params.no_repeat_ngram_size, banned_);
-    for (int32_t id : banned_) {
-      if (id < vocab_size_) set(id, kForbidden);
+    std::vector<int32_t> banned;
+    history.completions(params.no_repeat_ngram_size, banned);
+    for (int32_t id : banned) {
+      if (id < vocab_size) out.push_back({id, kForbidden});
     }
   }
-  for (const std::vector<int32_t>& ids : params.bad_words) {
-    if (completes(ids)) set(ids.back(), kForbidden);
-  }
+  for (const std::vector<int32_t>& ids : params.bad_words) add_completion(ids, kForbidden);
   if (num_new < params.min_tokens) {
     for (int32_t id : params.stop_ids) {
-      if (id < vocab_size_) set(id, kForbidden);
+      if (id < vocab_size) out.push_back({id, kForbidden});
     }
   }
 }
 
+void EditedRow::apply(const SlotParams& params, const TokenMask& allowed,
+                      const TokenHistory& history, int64_t num_new) {
+  biases_.clear();
+  list_biases(params, history, num_new, vocab_size_, biases_);
+  for (const TokenBias& b : biases_) set(b.id, biased(logits_[b.id], b.bias));
+  if (has_penalties(params)) penalize(params, history);
+  if (!allowed.empty()) apply_mask(allowed, logits_, vocab_size_);
+}
+
 void EditedRow::penalize(const SlotParams& params, const TokenHistory& history) {
-  const float repetition = params.repetition_penalty;
-  for (const TokenHistory::Count& count : history.counts()) {
+  for (const TokenCount& count : history.counts()) {
     if (count.id >= vocab_size_) continue;
-    float x = logits_[count.id];
-    if (repetition != 1.0f) x = x < 0 ? x * repetition : x / repetition;
-    if (count.num_new > 0) {
-      x -= params.frequency_penalty * static_cast<float>(count.num_new);
-      x -= params.presence_penalty;
-    }
+    const float x = penalized(logits_[count.id], params.repetition_penalty, params.presence_penalty,
+                              params.frequency_penalty, count.num_new);
     if (x != logits_[count.id]) set(count.id, x);
   }
 }

@@ -19,6 +19,14 @@ TokenMask mask_of(const std::vector<int32_t>& ids);
 // Logits of tokens that the mask forbids become -infinity.
 void apply_mask(const TokenMask& mask, float* logits, int32_t vocab_size);
 
+// What logit_bias, no_repeat_ngram_size, bad_words and min_tokens do to the next token's logits,
+// appended to `out` in order. Penalties may follow before a mask or after it: both give the same.
+void list_biases(const SlotParams& params, const TokenHistory& history, int64_t num_new,
+                 int32_t vocab_size, std::vector<TokenBias>& out);
+
+// Whether the tokens so far are penalised, as `penalized` says (sampling/definitions.h).
+bool has_penalties(const SlotParams& params);
+
 // Whether any edit of the row depends on the tokens so far.
 bool needs_history(const SlotParams& params);
 
@@ -48,7 +56,7 @@ class EditedRow {
   float* logits_ = nullptr;
   int32_t vocab_size_ = 0;
   std::vector<std::pair<int32_t, float>> originals_;
-  std::vector<int32_t> banned_;
+  std::vector<TokenBias> biases_;
 };
 
 }  // namespace pyengine::sampling

@@ -16,6 +16,18 @@ void TokenHistory::append(int32_t token) {
   ++count_of(token).num_new;
 }
 
+void TokenHistory::remove_last() {
+  const int32_t token = tokens_.back();
+  tokens_.pop_back();
+  --count_of(token).num_new;
+  // Whoever was new with this token is the last of the counts.
+  if (counts_.back().id == token &&
+      std::find(tokens_.begin(), tokens_.end(), token) == tokens_.end()) {
+    counts_.pop_back();
+    index_.erase(token);
+  }
+}
+
 bool TokenHistory::ends_in(const int32_t* ids, int64_t n) const {
   const auto length = static_cast<int64_t>(tokens_.size());
   return n <= length && std::equal(ids, ids + n, tokens_.data() + (length - n));
@@ -32,7 +44,7 @@ void TokenHistory::completions(int32_t size, std::vector<int32_t>& out) const {
   }
 }
 
-TokenHistory::Count& TokenHistory::count_of(int32_t token) {
+TokenCount& TokenHistory::count_of(int32_t token) {
   auto [entry, is_new] = index_.try_emplace(token, static_cast<int32_t>(counts_.size()));
   if (is_new) counts_.push_back({token, 0});
   return counts_[entry->second];

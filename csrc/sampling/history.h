@@ -6,22 +6,19 @@
 #include <vector>
 
 #include "sampling/params.h"
+#include "sampling/plan.h"
 
 namespace pyengine::sampling {
 
 class TokenHistory {
  public:
-  struct Count {
-    int32_t id;
-    int32_t num_new;  // times generated; 0: in the prompt alone
-  };
-
   // The history that leads to tokens[0, n), of which the first num_prompt are the prompt's.
   void reset(const int32_t* tokens, int64_t n, int64_t num_prompt);
   void append(int32_t token);  // generated
+  void remove_last();          // which was appended
 
   const std::vector<int32_t>& tokens() const { return tokens_; }
-  const std::vector<Count>& counts() const { return counts_; }  // by first appearance
+  const std::vector<TokenCount>& counts() const { return counts_; }  // by first appearance
 
   // Whether the tokens end in ids[0, n).
   bool ends_in(const int32_t* ids, int64_t n) const;
@@ -30,10 +27,10 @@ class TokenHistory {
   void completions(int32_t size, std::vector<int32_t>& out) const;
 
  private:
-  Count& count_of(int32_t token);
+  TokenCount& count_of(int32_t token);
 
   std::vector<int32_t> tokens_;
-  std::vector<Count> counts_;
+  std::vector<TokenCount> counts_;
   std::unordered_map<int32_t, int32_t> index_;  // token id -> place in counts_
 };
 

@@ -48,6 +48,9 @@ struct SlotParams {
   // Beam search, above 0: log-probabilities are edited instead of logits, and the best so many of
   // them are listed. What temperature and cut-offs say does not matter then.
   int32_t num_candidates = 0;
+
+  // Whether the sum that makes logits log-probabilities is needed.
+  bool is_scored() const { return logprobs >= 0 || num_candidates > 0; }
 };
 
 // The sequence that a slot goes on with: a new request's, or that of one that was preempted.

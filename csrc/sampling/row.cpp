@@ -2,35 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <functional>
 #include <limits>
 
 namespace pyengine::sampling {
-
-float exp_nonpositive(float x) {
-  // x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by its series to r^7 / 7! (Cephes' split of ln 2).
-  x = x > -87.5f ? x : -87.5f;
-  float shifted =
-      x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln 2)
-  float n = shifted - 12582912.0f;
-  float r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  float p = 1.9841270e-4f;
-  p = p * r + 1.3888889e-3f;
-  p = p * r + 8.3333333e-3f;
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;  // 2^n: what lies above the low bits of `shifted` is shifted out
-  float scale;
-  std::memcpy(&scale, &bits, sizeof scale);
-  return x > -87.25f ? p * scale : 0.0f;
-}
 
 // False if one is NaN: the block holds an infinity or NaN.
 bool Row::take_maxima(const float* block_max) {

@@ -2,12 +2,11 @@
 // every instruction set, so the same logits give the same token everywhere.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "ops/ops.h"
+#include "sampling/definitions.h"
 
 namespace pyengine::sampling {
 
@@ -19,15 +18,6 @@ struct Candidate {
 
 inline bool better(const Candidate& a, const Candidate& b) {
   return ops::better(a.logit, a.id, b.logit, b.id);
-}
-
-// exp(x) for x <= 0, relative error below 2e-7; 0 below -87.25. Bit for bit what ops::exp_weights
-// computes.
-float exp_nonpositive(float x);
-
-// 1 / temperature, kept finite so that 0 * it is 0.
-inline float inverse_temperature(float temperature) {
-  return std::min(1.0f / temperature, std::numeric_limits<float>::max());
 }
 
 class Row {

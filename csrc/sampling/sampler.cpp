@@ -80,11 +80,6 @@ void add_top_logprobs(Row& row, std::vector<Candidate>& best, int32_t count, dou
   }
 }
 
-// Whether the sum that makes logits log-probabilities is needed.
-bool is_scored(const SlotParams& params) {
-  return params.logprobs >= 0 || params.num_candidates > 0;
-}
-
 }  // namespace
 
 Sampler::Sampler(int32_t num_slots) {
@@ -163,8 +158,7 @@ void Sampler::require_rows(const Rows& rows) {
   }
 }
 
-// Before any edit: which rows have usable logits, and the log-probabilities of their best tokens.
-void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
+void Sampler::start(const Rows& rows, StepResult& result) {
   result.token_ids.assign(rows.count, 0);
   result.logprobs.assign(rows.count, std::numeric_limits<float>::quiet_NaN());
   result.top_logprobs.assign(rows.count, {});
@@ -176,12 +170,15 @@ void Sampler::prepare(ExecContext& ctx, const Rows& rows, StepResult& result) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const SlotParams& params = slots_[rows.slots[r]].params;
     if (!rows.follows(r)) group_starts_.push_back(r);
-    if (is_scored(params)) scored_rows_.push_back(static_cast<int32_t>(r));
+    if (params.is_scored()) scored_rows_.push_back(static_cast<int32_t>(r));
     if (params.has_processor) processed_rows_.push_back(static_cast<int32_t>(r));
     if (params.mirostat_tau > 0) result.mirostat_mu.resize(rows.count, kNan);
     if (params.num_candidates > 0) result.candidates.resize(rows.count);
   }
   group_starts_.push_back(rows.count);
+}
+
+void Sampler::sum_logits(ExecContext& ctx, const Rows& rows) {
   if (scored_rows_.empty()) return;
   log_totals_.resize(scored_rows_.size());
   row_log_total_.resize(rows.count);
@@ -222,8 +219,13 @@ void Sampler::finish(const ExecContext& ctx, const Rows& rows, int64_t r, Worksp
   }
   const double u =
       uniform(slot.params.seed, static_cast<uint32_t>(rows.positions[r]), slot.params.sample_index);
-  int32_t token = sampling::choose(row, slot.params, rows.vocab_size, u, workspace.candidates,
-                                   slot.mirostat_mu);
+  const int32_t token = sampling::choose(row, slot.params, rows.vocab_size, u, workspace.candidates,
+                                         slot.mirostat_mu);
+  take(rows, r, token, result);
+}
+
+void Sampler::take(const Rows& rows, int64_t r, int32_t token, StepResult& result) {
+  Slot& slot = slots_[rows.slots[r]];
   const auto replayed = static_cast<size_t>(rows.positions[r] - slot.num_prompt);
   if (replayed < slot.params.replay.size()) token = slot.params.replay[replayed];
   result.token_ids[r] = token;
@@ -256,7 +258,8 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
                      const int32_t* drafts, const float* block_max) {
   const Rows rows{logits, num_rows, vocab_size, slots, positions, drafts, block_max};
   require_rows(rows);
-  prepare(ctx, rows, result);
+  start(rows, result);
+  sum_logits(ctx, rows);
   if (workspaces_.size() < static_cast<size_t>(ctx.pool.num_threads())) {
     workspaces_.resize(ctx.pool.num_threads());
   }
@@ -264,7 +267,10 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
     processed_originals_.resize(processed_rows_.size());
   }
   ctx.pool.parallel_for(static_cast<int64_t>(group_starts_.size()) - 1, [&](int64_t i, int worker) {
-    sample_group(ctx, rows, group_starts_[i], group_starts_[i + 1], workspaces_[worker], result);
+    const int64_t first = group_starts_[i];
+    sample_group(rows, first, group_starts_[i + 1], result, [&](int64_t r) {
+      sample_row(ctx, rows, r, static_cast<size_t>(r - first), workspaces_[worker], result);
+    });
   });
   if (!processed_rows_.empty()) {
     for (int32_t r : processed_rows_) {
@@ -288,16 +294,6 @@ void Sampler::sample(ExecContext& ctx, float* logits, int64_t num_rows, int32_t 
   for (int64_t r = 0; r < num_rows; ++r) slots_[slots[r]].masks.clear();
 }
 
-void Sampler::sample_group(const ExecContext& ctx, const Rows& rows, int64_t first, int64_t last,
-                           Workspace& workspace, StepResult& result) {
-  int64_t r = first;
-  do {
-    sample_row(ctx, rows, r, static_cast<size_t>(r - first), workspace, result);
-    ++r;
-  } while (r < last && result.token_ids[r - 1] == rows.drafts[r]);
-  std::fill(result.token_ids.begin() + r, result.token_ids.begin() + last, StepResult::kSkipped);
-}
-
 void Sampler::sample_row(const ExecContext& ctx, const Rows& rows, int64_t r, size_t place,
                          Workspace& workspace, StepResult& result) {
   const Slot& slot = slots_[rows.slots[r]];
@@ -306,7 +302,7 @@ void Sampler::sample_row(const ExecContext& ctx, const Rows& rows, int64_t r, si
     result.token_ids[r] = StepResult::kNotFinite;
     return;
   }
-  const bool scored = is_scored(slot.params);
+  const bool scored = slot.params.is_scored();
   const bool listed = slot.params.num_candidates > 0;
   if (slot.params.logprobs > 0) {
     add_top_logprobs(workspace.row, workspace.candidates,

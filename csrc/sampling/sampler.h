@@ -2,6 +2,7 @@
 // of each request by slot.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "sampling/edits.h"
 #include "sampling/history.h"
 #include "sampling/params.h"
+#include "sampling/plan.h"
 #include "sampling/row.h"
 
 namespace pyengine {
@@ -23,8 +25,10 @@ struct BeamCandidate {
 
 struct StepResult {
   // Instead of a token, where a row has none; the other rows are not affected.
-  static constexpr int32_t kNotFinite = -1;  // logits hold NaN or +infinity, or are all -infinity
-  static constexpr int32_t kNoneLeft = -2;   // the request's own edits forbid every token
+  static constexpr int32_t kNotFinite =
+      sampling::kNotFinite;  // logits hold NaN or +infinity, or are all -infinity
+  static constexpr int32_t kNoneLeft =
+      sampling::kNoneLeft;  // the request's own edits forbid every token
   static constexpr int32_t kProcessorFailed = -3;
   static constexpr int32_t kSkipped = -4;  // a draft that the row depends on was not drawn
 
@@ -75,6 +79,16 @@ class Sampler {
               const int32_t* slots, const int32_t* positions, StepResult& result,
               const int32_t* drafts = nullptr, const float* block_max = nullptr);
 
+  // The same on a device, which does what `plan` says and returns its outcomes, between two calls
+  // of which the second gets what the first got. Rows whose logits the host must see go through
+  // sample() instead.
+  bool needs_logits(int32_t slot) const { return slots_[slot].params.has_processor; }
+  void plan(int64_t num_rows, int32_t vocab_size, const int32_t* slots, const int32_t* positions,
+            const int32_t* drafts, sampling::SamplingPlan& plan);
+  void conclude(int64_t num_rows, int32_t vocab_size, const int32_t* slots,
+                const int32_t* positions, const int32_t* drafts, const sampling::SamplingPlan& plan,
+                StepResult& result);
+
   // What transformers calls processed scores, in place of the logits: edited, divided by the
   // temperature (as they are if that is 0), -infinity where cut off. Changes no state.
   void process(ExecContext& ctx, float* logits, int64_t num_rows, int32_t vocab_size,
@@ -117,24 +131,39 @@ class Sampler {
   bool is_masked(const Slot& slot, size_t place) const {
     return place < slot.masks.size() && !slot.masks[place].empty();
   }
-  void prepare(ExecContext& ctx, const Rows& rows, StepResult& result);
+  void start(const Rows& rows, StepResult& result);
+  void sum_logits(ExecContext& ctx, const Rows& rows);
   // place: of the row among its slot's.
   void edit(const Rows& rows, int64_t r, size_t place, Workspace& workspace);
-  // Rows [first, last): one, and those that follow it.
-  void sample_group(const ExecContext& ctx, const Rows& rows, int64_t first, int64_t last,
-                    Workspace& workspace, StepResult& result);
+  // sample_row(r) for rows [first, last): one, and those that follow it, as long as drafts hold.
+  template <class SampleRow>
+  static void sample_group(const Rows& rows, int64_t first, int64_t last, StepResult& result,
+                           SampleRow&& sample_row) {
+    int64_t r = first;
+    do {
+      sample_row(r);
+      ++r;
+    } while (r < last && result.token_ids[r - 1] == rows.drafts[r]);
+    std::fill(result.token_ids.begin() + r, result.token_ids.begin() + last, StepResult::kSkipped);
+  }
   float logprob(int64_t r, float logit) const {
     return static_cast<float>(logit - row_log_total_[r]);
   }
   void sample_row(const ExecContext& ctx, const Rows& rows, int64_t r, size_t place,
                   Workspace& workspace, StepResult& result);
   int32_t run_processor(const Rows& rows, int64_t r);
+  // A row's token is known.
+  void take(const Rows& rows, int64_t r, int32_t token, StepResult& result);
   void finish(const ExecContext& ctx, const Rows& rows, int64_t r, Workspace& workspace,
               bool was_edited, StepResult& result);
   // The best of a loaded row of edited log-probabilities; original(id): before they were edited.
   template <class Original>
   void list_candidates(const ExecContext& ctx, const Rows& rows, int64_t r, Workspace& workspace,
                        Original&& original, StepResult& result);
+  sampling::RowPlan plan_row(const Rows& rows, int64_t r, size_t place,
+                             sampling::SamplingPlan& plan) const;
+  void conclude_row(const Rows& rows, int64_t r, const sampling::SamplingPlan& plan,
+                    StepResult& result);
 
   std::vector<Slot> slots_;
   Processor processor_;

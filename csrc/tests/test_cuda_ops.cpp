@@ -3,7 +3,6 @@
 // blocks, and whatever unwritten memory holds.
 #include <algorithm>
 #include <cstdlib>
-#include <functional>
 #include <numeric>
 
 #include "cuda/blas.h"

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cuda/bench/harness.h"
+#include "cuda/sampling.h"
 
 namespace {
 
@@ -359,6 +360,89 @@ void bench_arrange(Bench& bench, const ModelShape& model, Weights weights) {
              }});
 }
 
+// What a row asks for. Of logits that are N(0, 0.05) a temperature of 0.02 makes those of a model.
+struct SamplingCase {
+  const char* controls;
+  std::function<void(sampling::RowPlan&)> set;
+};
+const SamplingCase kSamplingCases[] = {
+    {"greedy", [](sampling::RowPlan& p) { p.temperature = 0; }},
+    {"temperature", [](sampling::RowPlan&) {}},
+    {"top_k 50", [](sampling::RowPlan& p) { p.top_k = 50; }},
+    {"top_p 0.9", [](sampling::RowPlan& p) { p.top_p = 0.9; }},
+    {"everything, top_k 50",
+     [](sampling::RowPlan& p) {
+       p.top_k = 50, p.top_p = 0.9, p.min_p = 1e-3, p.typical_p = 0.95, p.epsilon_cutoff = 1e-4;
+       p.eta_cutoff = 1e-3, p.num_listed = 5, p.is_scored = p.is_edited = true;
+     }},
+    {"everything but top_k",
+     [](sampling::RowPlan& p) {
+       p.top_p = 0.9, p.min_p = 1e-5, p.typical_p = 0.95, p.epsilon_cutoff = 1e-6;
+       p.eta_cutoff = 1e-5, p.num_listed = 5, p.is_scored = p.is_edited = true;
+     }},
+};
+
+// scan and choose; 20 biases, 300 penalised tokens and a mask where there are edits.
+void bench_sampling(Bench& bench, const ModelShape& model, DType act, const SamplingCase& c,
+                    int rows) {
+  const int vocab = model.vocab, num_penalties = std::min(300, vocab), num_biases = 20;
+  std::vector<sampling::RowPlan> plans(rows);
+  for (int r = 0; r < rows; ++r) {
+    sampling::RowPlan& p = plans[r];
+    p.temperature = 0.02f;
+    p.seed = r;
+    c.set(p);
+    p.first_listed = r * p.num_listed;
+    if (!p.is_edited) continue;
+    p.num_biases = num_biases;
+    p.num_penalties = num_penalties;
+    p.first_mask_word = 0;
+    p.repetition_penalty = 1.1f;
+  }
+  std::vector<sampling::TokenBias> biases(num_biases);
+  for (int i = 0; i < num_biases; ++i) biases[i] = {i * vocab / num_biases, -0.1f};
+  std::vector<sampling::TokenCount> penalties(num_penalties);
+  for (int i = 0; i < num_penalties; ++i) penalties[i] = {i * (vocab / num_penalties), 1};
+  const std::vector<uint32_t> mask((vocab + 31) / 32, 0xffffefffu);
+  bench.run({"sampling",
+             member("model", model.name) + member("rows", rows) + member("controls", c.controls),
+             act, 4.0 * rows * vocab, 0, [&](Memory& memory) -> Launch {
+               auto upload = [&](const auto& values) {
+                 const size_t bytes = values.size() * sizeof(values[0]);
+                 void* device = memory.take(bytes);
+                 bench.stream().upload(device, values.data(), bytes);
+                 bench.stream().wait();
+                 return device;
+               };
+               const size_t bytes = (size_t(rows) * vocab + kLogitPadding) * sizeof(float);
+               LogitRows logits;
+               // Of the numbers that memory holds, those of act, float32 ones are made.
+               auto* values = memory.take<float>(bytes);
+               convert_weight(bench.stream(), memory.take(bytes), act, false, 1,
+                              int64_t{rows} * vocab, values, DType::f32);
+               logits.logits = values;
+               logits.edited = memory.take<float>(rows * edited_stride(vocab) * sizeof(float));
+               logits.stats =
+                   memory.take<LogitStats>(sizeof(LogitStats) * rows * logit_stats_of(vocab));
+               logits.count = rows;
+               logits.vocab_size = vocab;
+               logits.plans = static_cast<const sampling::RowPlan*>(upload(plans));
+               SamplingArrays arrays;
+               arrays.rows = logits.plans;
+               arrays.biases = static_cast<const sampling::TokenBias*>(upload(biases));
+               arrays.penalties = static_cast<const sampling::TokenCount*>(upload(penalties));
+               arrays.masks = static_cast<const uint32_t*>(upload(mask));
+               auto* outcomes =
+                   memory.take<sampling::RowOutcome>(rows * sizeof(sampling::RowOutcome));
+               auto* listed =
+                   memory.take<sampling::ListedToken>(rows * 5 * sizeof(sampling::ListedToken));
+               return [=, &bench] {
+                 scan_logits(bench.stream(), logits, arrays, false);
+                 choose_tokens(bench.stream(), logits, outcomes, listed);
+               };
+             }});
+}
+
 void bench_all(Bench& bench, const ModelShape& model, DType act) {
   const Options& options = bench.options();
   bench_dense_layers(bench, model, act);
@@ -368,6 +452,10 @@ void bench_all(Bench& bench, const ModelShape& model, DType act) {
     for (Weights weights : {Weights::act, Weights::int8, Weights::int4}) {
       if (options.wants("embed")) bench_embed(bench, model, act, weights, rows);
     }
+  }
+  for (int rows : options.tiny() ? std::vector<int>{3} : std::vector<int>{1, 16, 64, 256}) {
+    if (!options.wants("sampling")) break;
+    for (const SamplingCase& c : kSamplingCases) bench_sampling(bench, model, act, c, rows);
   }
   for (int blocks : options.tiny() ? std::vector<int>{2} : std::vector<int>{1, 16, 64}) {
     if (options.wants("copy_blocks")) bench_copy_blocks(bench, model, act, blocks);
