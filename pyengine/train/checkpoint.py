@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,7 +61,7 @@ class RunDirectory:
 
         tensors = {n: v.to("cpu", self._dtype) for n, v in to_huggingface(weights, self._config).items()}
         for directory in (self.path / "last", *([self.path] if best else [])):
-            with self._guarded(), atomic_file(directory / "model.safetensors") as file:
+            with atomic_file(directory / "model.safetensors") as file:
                 save_file(tensors, str(file), metadata={"format": "pt"})
                 file.chmod(0o644)  # safetensors makes it readable by its owner alone
 
@@ -67,38 +69,33 @@ class RunDirectory:
         def write(file: BinaryIO) -> None:
             torch.save({"format": FORMAT, **state}, file)
 
-        with self._guarded():
+        try:
             write_atomically(self.state_file, write)
+        except RuntimeError as error:  # torch's, where a write fails
+            raise OSError(None, str(error)) from error
         self.saved_step = state["step"]
 
-    def _guarded(self) -> _Guard:
-        return _Guard(self)
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turns what cannot be written (a full disk) into a TrainingError that names the last good state."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except BrokenPipeError:  # nobody reads what the run tells
+            raise
+        except (OSError, SafetensorError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise TrainingError(
+                f"{self.path}: cannot be written: {reason}; {self.last_good}. Make room, then go on with "
+                "--resume auto"
+            ) from error
 
     @property
     def last_good(self) -> str:
         if self.saved_step is None:
             return "no checkpoint was saved before"
         return f"the last good checkpoint is {self.state_file}, after step {self.saved_step}"
-
-
-class _Guard:
-    """Turns what goes wrong in writing (a full disk) into a TrainingError that names the last good state."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        from safetensors import SafetensorError
-
-        if isinstance(error, (OSError, SafetensorError, RuntimeError)):
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            raise TrainingError(
-                f"{self._run.path}: the checkpoint cannot be written: {reason}; {self._run.last_good}. Make "
-                "room, then go on with --resume auto"
-            ) from error
 
 
 def state_file(run: Path) -> Path:
@@ -119,8 +116,8 @@ def load_state(run: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(state: dict[str, Any], options: TrainOptions, data_identity: str, run: Path) -> None:
-    """ConfigError if the options or the data differ in what makes the run what it is."""
+def check_options(state: dict[str, Any], options: TrainOptions, run: Path) -> None:
+    """ConfigError if the options differ in what makes the run what it is."""
     saved = state["options"]
     for name in FIXED:
         if saved[name] != getattr(options, name):
@@ -128,14 +125,18 @@ def check_resumable(state: dict[str, Any], options: TrainOptions, data_identity:
                 f"--resume: the run in {run} has {flag(name)} {saved[name]}, not {getattr(options, name)}; "
                 "use the same value, or another --out"
             )
+    if state["step"] > options.steps:
+        raise ConfigError(
+            f"--steps {options.steps}: the run in {run} has already done {state['step']}; give more steps"
+        )
+
+
+def check_data(state: dict[str, Any], data_identity: str, run: Path) -> None:
+    """ConfigError if the tokens are others."""
     if state["data"] != data_identity:
         raise ConfigError(
             f"--resume: the run in {run} was trained on other data or with another tokenizer; use the same "
             "--data, --val-fraction, --tokenizer and --vocab-size, or another --out"
-        )
-    if state["step"] > options.steps:
-        raise ConfigError(
-            f"--steps {options.steps}: the run in {run} has already done {state['step']}; give more steps"
         )
 
 

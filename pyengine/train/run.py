@@ -12,7 +12,7 @@ import torch
 
 from pyengine.errors import CheckpointError, ConfigError
 from pyengine.train.card import write_card
-from pyengine.train.checkpoint import RunDirectory, check_resumable, load_state, state_file
+from pyengine.train.checkpoint import RunDirectory, check_data, check_options, load_state, state_file
 from pyengine.train.data import Batches, Dataset, check_lengths, prepare
 from pyengine.train.distributed import Processes
 from pyengine.train.files import make_writable_directory
@@ -48,6 +48,10 @@ def _train(options: TrainOptions, processes: Processes, quiet: bool) -> Result:
     out = Path(options.out)
     resume_from = _resume_from(options, out)
     initial = _initial_checkpoint(options)
+    state = None
+    if resume_from is not None:
+        state = load_state(resume_from)
+        check_options(state, options, resume_from)
     with processes.main_first():
         make_writable_directory(out, "--out")
     reporter = Reporter(
@@ -63,10 +67,8 @@ def _train(options: TrainOptions, processes: Processes, quiet: bool) -> Result:
     check_lengths(dataset, options.block_size or 0)
     config = _model_config(options, dataset, initial)
     _check_prompt(options, dataset)
-    state = None
-    if resume_from is not None:
-        state = load_state(resume_from)
-        check_resumable(state, options, dataset.identity, resume_from)
+    if resume_from is not None and state is not None:
+        check_data(state, dataset.identity, resume_from)
 
     torch.manual_seed(options.seed)
     model = GPT2(config, options.dropout, options.bias or initial is not None)
@@ -108,10 +110,12 @@ def _train(options: TrainOptions, processes: Processes, quiet: bool) -> Result:
         f"{num_parameters:,} parameters; {splits['train']['tokens']:,} training tokens, "
         f"{splits['val']['tokens']:,} validation tokens, vocabulary {config.vocab_size:,}"
     )
-    ended_by = trainer.fit()
+    with run.guarded():
+        ended_by = trainer.fit()
+        if processes.is_main:
+            reporter.draw(final=True)
+            write_card(out, options, config, num_parameters, dataset, trainer.progress, reporter.rows)
     if processes.is_main:
-        reporter.draw(final=True)
-        write_card(out, options, config, num_parameters, dataset, trainer.progress, reporter.rows)
         reporter.close()
         _summarise(reporter, out, trainer.progress, ended_by)
     return Result(out, trainer.progress, 128 + ended_by if ended_by else 0)
@@ -219,8 +223,12 @@ def _dataset(
         if options.vocab_size is not None:
             raise ConfigError("--vocab-size: belongs to a tokenizer that is trained, not to an existing one")
     directory = Path(options.data_cache) if options.data_cache else out / "data"
-    make_writable_directory(directory, "--data-cache" if options.data_cache else "--out")
-    return prepare(options, directory, tokenizer, progress)
+    option = "--data-cache" if options.data_cache else "--out"
+    make_writable_directory(directory, option)
+    try:
+        return prepare(options, directory, tokenizer, progress)
+    except OSError as error:  # those of the texts are ConfigErrors already
+        raise ConfigError(f"{option} {directory}: cannot be written to: {error.strerror or error}") from None
 
 
 def _model_config(options: TrainOptions, dataset: Dataset, initial: _Initial | None) -> ModelConfig:

@@ -60,7 +60,7 @@ def train_tokenizer(kind: str, texts: Texts, vocab_size: int | None, sp_type: st
         backend = _sentencepiece(lambda: _sample(texts()), vocab_size, sp_type)
     backend.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
     directory.mkdir(parents=True, exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"), pretty=False)
+    (directory / "tokenizer.json").write_text(backend.to_str(pretty=False), encoding="utf-8")
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     config = {
         **special,

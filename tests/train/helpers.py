@@ -77,4 +77,5 @@ def command_line(options: TrainOptions) -> list[str]:
 
 
 PYTHON = [sys.executable, "-m", "pyengine", "train"]
+HANG_SECONDS = 900  # after which a process is given up; on a busy machine 240 were too few to import torch
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

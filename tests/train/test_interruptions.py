@@ -16,7 +16,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pyengine.errors import TrainingError  # noqa: E402
+from pyengine.errors import ConfigError, TrainingError  # noqa: E402
 from pyengine.train import loop  # noqa: E402
 from pyengine.train.checkpoint import load_state  # noqa: E402
 from pyengine.train.files import write_atomically  # noqa: E402
@@ -25,12 +25,15 @@ from pyengine.train.run import train  # noqa: E402
 from tests.train import processes  # noqa: E402
 from tests.train.helpers import (  # noqa: E402
     ENVIRONMENT,
+    HANG_SECONDS,
     PYTHON,
     command_line,
     losses,
     read_log,
     tiny_options,
 )
+
+pytestmark = pytest.mark.timeout(2 * HANG_SECONDS)
 
 
 def weights(out: Path) -> dict[str, Any]:
@@ -46,7 +49,7 @@ def lines(out: Path) -> int:
 
 def wait_for_step(out: Path, step: int, status: Callable[[], int | None]) -> None:
     """``status()`` is None while the run goes on."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline and status() is None:
         if lines(out) >= step:
             return
@@ -155,7 +158,7 @@ def test_sigint_saves_first(text_file: str, out: Path) -> None:
     )
     wait_for_step(out, 3, process.poll)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130, errors
     assert b"--resume auto goes on" in errors
     check_saved(out)
@@ -165,7 +168,7 @@ def test_sigterm_saves_first(text_file: str, out: Path) -> None:
     process = processes.start(tiny_options(text_file, out, steps=100_000, eval_every=100_000))
     wait_for_step(out, 3, lambda: process.exitcode)
     process.terminate()
-    process.join(60)
+    process.join(HANG_SECONDS)
     assert process.exitcode == 143
     check_saved(out)
 
@@ -186,6 +189,24 @@ def test_full_disk(text_file: str, out: Path) -> None:
     assert not list(out.rglob("*.tmp"))
     train(tiny_options(text_file, out, steps=12, resume="auto"), quiet=True)
     assert read_log(out)[-1]["step"] == 12
+
+
+def test_full_disk_under_the_log(text_file: str, out: Path) -> None:
+    out.mkdir()
+    (out / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot be written: No space left.*checkpoint.pt, after step 2"):
+        train(tiny_options(text_file, out, steps=6, log_every=3, eval_every=6, save_every=2), quiet=True)
+    assert load_state(out)["step"] == 2
+
+
+def test_full_disk_under_the_data(text_file: str, out: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"--out .*/data: cannot be written to: File too large"):
+            train(tiny_options(text_file, out), quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_losses_that_are_not_finite(text_file: str, out: Path) -> None:

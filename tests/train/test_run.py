@@ -246,9 +246,11 @@ def test_existing_directories_are_not_overwritten(text_file: str, out: Path) -> 
     train(tiny_options(text_file, out, steps=2), quiet=True)
     with pytest.raises(ConfigError, match="holds a run already; --resume auto"):
         train(tiny_options(text_file, out), quiet=True)
-    before = losses(out)
+    before, manifest = losses(out), (out / "data/manifest.json").read_bytes()
+    with pytest.raises(ConfigError, match="has --n-embd 16, not 32"):
+        train(tiny_options(text_file, out, resume="auto", n_embd=32, tokenizer="bpe"), quiet=True)
+    assert (out / "data/manifest.json").read_bytes() == manifest  # refused before the data is prepared
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"n_embd": 32}, "has --n-embd 16, not 32"),
         ({"tokenizer": "bpe"}, "other data or with another tokenizer"),
         ({"steps": 1, "warmup_steps": 0}, "has already done 2"),
     ]
