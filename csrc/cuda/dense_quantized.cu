@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kWarps * 32, 12 / kWarps)
   __syncthreads();  // nobody reads a stage any more
   // By way of shared memory a lane gets a column: stores are whole lines, and there is one copy of
   // what finishes a sum.
-  static_assert(kWarpColumns == 32 && kN % 4 == 0, "a lane per column, four times eight rows");
+  static_assert(kWarpColumns == 32 && kN % 4 == 0, "a lane per column, 32 rows at a time");
   float* const own = reinterpret_cast<float*>(memory) + warp * (32 * kOwnPitch);
   const int column = (tile0 + warp_tile) * kPieceColumns + lane;
   const float scale = column < n ? w.scale[column] : 0.0f;
@@ -298,10 +298,10 @@ __global__ void __launch_bounds__(kWarps * 32, 12 / kWarps)
     __syncwarp();
     if (column >= n) continue;
 #pragma unroll 1
-    for (int r = 0; r < 32; r += 8) {
-      float sums[8];
+    for (int r = 0; r < 32; r += 4) {
+      float sums[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[i] = own[(r + i) * kOwnPitch + lane] * scale + bias;
+      for (int i = 0; i < 4; ++i) sums[i] = own[(r + i) * kOwnPitch + lane] * scale + bias;
       epilogue.finish_rows(row0 + warp_row + r0 * 8 + r, m, column, sums);
     }
   }
