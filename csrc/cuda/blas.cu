@@ -98,10 +98,11 @@ Blas::~Blas() {
   api_.destroy(handle_);
 }
 
-bool Blas::can(const DenseResult& result) {
-  return result.output != Output::qkv && (result.activation == ops::Activation::none ||
-                                          result.activation == ops::Activation::gelu_tanh ||
-                                          result.activation == ops::Activation::relu);
+bool Blas::can(const DenseResult& result, DType act) {
+  if (result.output == Output::qkv) return false;
+  return result.activation == ops::Activation::none ||
+         result.activation == ops::Activation::relu ||
+         (result.activation == ops::Activation::gelu_tanh && act != DType::f32);
 }
 
 Blas::Plan& Blas::plan(const Key& key) {

@@ -19,8 +19,9 @@ class Blas {
   Blas(const Blas&) = delete;
   Blas& operator=(const Blas&) = delete;
 
-  // Whether it has the epilogue: no gelu_erf or silu, nothing that is written to the cache.
-  static bool can(const DenseResult& result);
+  // Whether it has the epilogue: no gelu_erf or silu, nothing that is written to the cache. Its
+  // gelu_tanh is that of the hardware, off by up to 5e-4: not for float32.
+  static bool can(const DenseResult& result, DType act);
   // As cuda::dense.
   void dense(Stream& stream, const void* x, DType act, int num_rows, const Dense& layer,
              const DenseResult& result);

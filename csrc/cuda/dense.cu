@@ -253,7 +253,7 @@ void dense(Stream& stream, Blas* blas, const void* x, DType act, int num_rows, c
   // times as long for the head as the kernels here.
   const int ours = act == DType::f32 ? kFewRowsF32 : kFewRowsBlas;
   if (blas != nullptr && num_rows > ours && layer.n < kWide) {
-    if (Blas::can(result)) return blas->dense(stream, x, act, num_rows, layer, result);
+    if (Blas::can(result, act)) return blas->dense(stream, x, act, num_rows, layer, result);
     if (result.output == Output::qkv) {
       DenseResult all = result;
       all.output = Output::act;
