@@ -100,8 +100,7 @@ Blas::~Blas() {
 
 bool Blas::can(const DenseResult& result, DType act) {
   if (result.output == Output::qkv) return false;
-  return result.activation == ops::Activation::none ||
-         result.activation == ops::Activation::relu ||
+  return result.activation == ops::Activation::none || result.activation == ops::Activation::relu ||
          (result.activation == ops::Activation::gelu_tanh && act != DType::f32);
 }
 
