@@ -301,10 +301,9 @@ __global__ void __launch_bounds__(128)
 // The integers of an int8 cache are values of T as they are; their scales go to the scores and to
 // the probabilities. There are no asynchronous copies of them.
 // Budget of prefill_attention<*>: 128 threads, 168 registers; HMMA LDSM LDGSTS.128
-// Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM
-// LDGSTS.128 Budget of prefill_attention<*, 128>: 128 threads, 232 registers; HMMA
-// LDSM LDGSTS.128 Budget of prefill_attention<*, signed char, *>: 128 threads, 232 registers, 768
-// bytes shared; HMMA LDSM
+// Budget of prefill_attention<*, 96>: 128 threads, 192 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, 128>: 128 threads, 232 registers; HMMA LDSM LDGSTS.128
+// Budget of prefill_attention<*, signed char*>: 128 threads, 232 registers, 768 bytes shared; HMMA
 constexpr int kTileKeys = 64;
 template <class T, class KV, int head_dim>
 __global__ void __launch_bounds__(128, 1)
